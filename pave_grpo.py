@@ -41,10 +41,10 @@ the prompt a row belongs to. Images, packed latents, video and a point in the pl
     (torch.Size([1, 3, 16, 2]), torch.Size([1, 3, 16]), 1.0)
 
 Departures from the paper, each an argument: form="matched" scores x_s under a density centred on the one that
-produced it (THEORY.md E7); term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero.
+produced it (E7); term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero.
 The released code has no clip and no KL and averages log-probabilities over dimensions ("mean", our default;
 "sum" is the true density, E10). A sum over T steps in the paper is a mean over the n stochastic ones here.
-Statements named E1, E2, ... are those of THEORY.md, which the project's README restates.
+Statements named E1, E2, ... are listed in README.md.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Ends(NamedTuple):
 
 
 def predicted_ends(x: Tensor, v: Tensor, t: Tensor) -> Ends:
-    """x0_hat = x - t v,  x1_hat = x + (1-t) v  (THEORY.md 1). t is [B]; x and v are [B, *event]."""
+    """x0_hat = x - t v,  x1_hat = x + (1-t) v. t is [B]; x and v are [B, *event]."""
     return Ends(x - per_row(t, x) * v, x + per_row(1 - t, x) * v)
 
 
@@ -252,7 +252,7 @@ def decompose(velocity: Velocity, process: Process, x: Tensor, t: Tensor, s: Ten
 
     With d = (t-s)/k, x^(j+1) = x^(j) - d v_j and v_j = v(x^(j), t - j d), this is
         mu^(k) = a_k x^(k-1) + b_k v_{k-1} = a_k x_t - a_k d sum_{j<k-1} v_j + b_k v_{k-1},
-    (a_k, b_k, c_k) the kernel's step s + d -> s (THEORY.md 2). x is [B, *event]; t, s float64 [B]; c [B].
+    (a_k, b_k, c_k) the kernel's step s + d -> s. x is [B, *event]; t, s float64 [B]; c [B].
     All chains advance in lock step and share their first velocity: max(S) calls, 1 + sum_k (k-1) evaluations a
     row. Gradients flow through every velocity and every intermediate state. Returns {k: Transition}, k = 1 first.
     """
