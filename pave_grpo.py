@@ -462,11 +462,11 @@ class Surrogate(NamedTuple):
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> Surrogate:
     """min(ratio A, clip(ratio, 1-clip, 1+clip) A), to be maximised; clip None never cuts (as released)."""
     ratio = log_ratio.exp()
-    plain = ratio * advantages
-    if clip is None:
-        return Surrogate(plain, ratio, torch.zeros_like(plain, dtype=torch.bool))
-    cut = ratio.clamp(1 - clip, 1 + clip) * advantages
-    return Surrogate(torch.minimum(plain, cut), ratio, cut < plain)
+    cut = ratio.detach() if clip is None else ratio.detach().clamp(1 - clip, 1 + clip)
+    clipped = cut * advantages < ratio.detach() * advantages
+    # A ratio that overflows must not turn the zero gradient of a cut or silent member into 0 * inf.
+    kept = torch.where(clipped | (advantages == 0), 0, log_ratio).exp() * advantages
+    return Surrogate(torch.where(clipped, cut * advantages, kept), ratio, clipped)
 
 
 def check_loss(rollout: Rollout, advantages: Tensor, form: str, clip: float | None, kl: float,

@@ -71,6 +71,7 @@ class Options:
     clip: float = option(1e-4, "clip range of the ratios, > 0; 'mean' ratios stay within about 1e-3 of 1")
     kl: float = option(0.0, "coefficient of the KL to the initial model, >= 0")
     lr: float = option(2e-4, "learning rate, > 0")
+    warmup: int = option(5, "iterations over which the learning rate rises to --lr, >= 0")
     optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
     weight_decay: float = option(1e-4, "decoupled weight decay of adamw, >= 0")
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down, > 0; inf: never")
@@ -128,6 +129,7 @@ def check(o: Options) -> None:
         (0 < o.clip < math.inf, "clip", "a positive number"),
         (0 <= o.kl < math.inf, "kl", "0 or more"),
         (0 < o.lr < math.inf, "lr", "a positive number"),
+        (o.warmup >= 0, "warmup", "0 or more"),
         (0 <= o.weight_decay < math.inf, "weight_decay", "0 or more"),
         (o.max_grad_norm > 0, "max_grad_norm", "positive, or inf"),
         (o.seed >= 0, "seed", "0 or more"),
@@ -231,9 +233,9 @@ def draw(model: torch.nn.Module, prompts: list[str], noise: Tensor, steps: int, 
 
 
 def heldout_pairs(n: int) -> tuple[list[str], Tensor]:
-    """The first n of the fixed (prompt, noise) pairs: IMAGES_PER_PROMPT in a row for each held-out prompt, in turn."""
+    """The first n of the fixed (prompt, noise) pairs: IMAGES_PER_PROMPT noises for each held-out prompt, in turn."""
     order = torch.randperm(len(shapes.HELDOUT_PROMPTS), generator=generator_of(0)).tolist()
-    turns = [order[i % len(order)] for i in range(n // IMAGES_PER_PROMPT)]
+    turns = [order[j % len(order)] for j in range(n // IMAGES_PER_PROMPT)]
     noise = [torch.randn(IMAGES_PER_PROMPT, *SHAPE, generator=generator_of(0, j)) for j in range(len(turns))]
     return [shapes.HELDOUT_PROMPTS[i] for i in turns for _ in range(IMAGES_PER_PROMPT)], torch.cat(noise)
 
@@ -317,11 +319,9 @@ def draw_curve(lines: list[dict], path: Path) -> None:
 
 def shown_prompts() -> tuple[list[str], Tensor]:
     """Eight held-out prompts of all families, four noises each: what before_after.png shows."""
-    by_family: dict[str, list[str]] = {}
-    prompts, _ = heldout_pairs(len(shapes.HELDOUT_PROMPTS) * IMAGES_PER_PROMPT)
-    for prompt in dict.fromkeys(prompts):
-        by_family.setdefault(shapes.parse(prompt).family, []).append(prompt)
-    chosen = by_family["count"][:2] + by_family["conjunction"][:3] + by_family["relation"][:3]
+    prompts = list(dict.fromkeys(heldout_pairs(len(shapes.HELDOUT_PROMPTS) * IMAGES_PER_PROMPT)[0]))
+    chosen = [p for family, n in (("count", 2), ("conjunction", 3), ("relation", 3))
+              for p in [p for p in prompts if shapes.parse(p).family == family][:n]]
     return chosen, torch.stack([torch.randn(4, *SHAPE, generator=generator_of(1, i)) for i in range(len(chosen))])
 
 
@@ -486,6 +486,7 @@ def train(o: Options, ranks: Ranks) -> None:
     reference = copy.deepcopy(model).requires_grad_(False) if o.kl else None
     optimizer = (torch.optim.SGD(model.parameters(), o.lr) if o.optimizer == "sgd"
                  else torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / (o.warmup + 1)))
 
     columns = {"before": draw_shown(model, ranks.device)}
     run.picture(columns)
@@ -497,7 +498,8 @@ def train(o: Options, ranks: Ranks) -> None:
         if any(ranks.gather(bool(stop))):
             break
         metrics = merge(ranks.gather(iterate(o, iteration, model, reference, optimizer, ranks)))
-        done, line = iteration, {"iteration": iteration, **metrics}
+        done, line = iteration, {"iteration": iteration, **metrics, "lr": rate.get_last_lr()[0]}
+        rate.step()
         bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
                          "clipped": f"{metrics['clip_fraction_1']:.2f}"})
         if o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations:
