@@ -222,7 +222,8 @@ class Process:
         if sde_steps is None:
             return tuple(torch.nonzero(std > 0).flatten().tolist())
         steps = tuple(sorted(sde_steps))
-        if not steps or len(set(steps)) < len(steps) or not set(steps) <= set(range(len(std))):
+        if not steps or any(type(i) is not int for i in steps) or len(set(steps)) < len(steps) \
+                or not 0 <= steps[0] <= steps[-1] < len(std):
             raise ValueError(f"sde_steps={list(sde_steps)}: must be distinct integers from 0 to {len(std) - 1}")
         for i in steps:
             if not std[i] > 0:
@@ -292,8 +293,9 @@ def draw_noise(generators: Sequence[torch.Generator], group_size: int, shape: Se
     Drawn on the generator's device, start first, then moved: CPU generators give the same noise everywhere.
     own_start gives every member its own x_1 (independent rollouts); otherwise the group shares one.
     """
-    if group_size < 2 or n_steps < 1:
-        raise ValueError(f"group_size={group_size}, n_steps={n_steps}: need two or more members and one or more steps")
+    if not generators or group_size < 2 or n_steps < 1:
+        raise ValueError(f"{len(generators)} generators, group_size={group_size}, n_steps={n_steps}: must be one "
+                         f"generator per prompt, two or more members, one or more steps")
     rows = [group_size if own_start else 1, n_steps * group_size]
     draws = [[torch.randn(r, *shape, generator=g, device=g.device, dtype=dtype) for r in rows] for g in generators]
     start, steps = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
@@ -325,10 +327,10 @@ def sde_step(velocity: Velocity, process: Process, x: Tensor, i: int) -> tuple[T
 def check_noise(noise: Noise, sde_steps: tuple[int, ...], starts: Sequence[int]) -> None:
     """Raises ValueError where the noise does not fit the steps, or has not one of the given numbers of starts."""
     P, n = noise.steps.shape[:2]
-    if n != len(sde_steps) or noise.start.shape[:2] not in [(P, a) for a in starts]:
+    if n != len(sde_steps) or noise.start.shape not in [(P, a, *noise.steps.shape[3:]) for a in starts]:
         raise ValueError(f"noise with start {tuple(noise.start.shape)} and steps {tuple(noise.steps.shape)}: for "
-                         f"{len(sde_steps)} stochastic steps, need start [P, {' or '.join(map(str, starts))}, ...] and "
-                         f"steps [P, {len(sde_steps)}, G, ...]")
+                         f"{len(sde_steps)} stochastic steps, need start [P, {' or '.join(map(str, starts))}, *event] "
+                         f"and steps [P, {len(sde_steps)}, G, *event]")
 
 
 @torch.no_grad()
@@ -428,6 +430,8 @@ class Old(NamedTuple):
 
     means: dict[int, Tensor]  # mu^(k)_old, [P, n, A, *event]
     log_probs: dict[int, Tensor]  # of x_s under what was scored, [P, n, G]
+    form: str
+    reduction: str
     sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|, in the loss's reduction
 
 
@@ -470,9 +474,10 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None)
 
 
 def check_loss(rollout: Rollout, advantages: Tensor, form: str, clip: float | None, kl: float,
-               reference: Velocity | None, ks: tuple[int, ...], term_weights: Mapping | None, old: Old | None) -> None:
+               reference: Velocity | None, ks: tuple[int, ...], term_weights: Mapping | None, reduction: str,
+               old: Old | None) -> None:
     """Raises ValueError, in one line, for arguments of policy_loss that do not fit together."""
-    (P, _, G), N = rollout.x_s.shape[:3], rollout.x_0.shape[1]
+    (P, n, G), N = rollout.x_s.shape[:3], rollout.x_0.shape[1]
     if advantages.shape != (P, N, G):
         raise ValueError(f"advantages of shape {tuple(advantages.shape)}: must be {(P, N, G)}, as rollout.x_0 begins")
     if form not in ("paper", "matched"):
@@ -483,8 +488,13 @@ def check_loss(rollout: Rollout, advantages: Tensor, form: str, clip: float | No
         raise ValueError(f"kl={kl}: must be >= 0, with a reference velocity if and only if it is positive")
     if term_weights is not None and set(term_weights) != set(ks):
         raise ValueError(f"term_weights for k = {sorted(term_weights)}: must name exactly k = {list(ks)}")
-    if old is not None and set(old.log_probs) != set(ks):
-        raise ValueError(f"old holds k = {sorted(old.log_probs)}: must be of the same factors, k = {list(ks)}")
+    for k, weight in (term_weights or {}).items():
+        if isinstance(weight, Tensor) and weight.shape not in [(), (n,)]:
+            raise ValueError(f"term_weights[{k}] of shape {tuple(weight.shape)}: must be a number or [{n}]")
+    if old is not None and (set(old.log_probs) != set(ks) or (old.form, old.reduction) != (form, reduction)
+                            or old.log_probs[1].shape != (P, n, G)):
+        raise ValueError(f"old is of k = {sorted(old.log_probs)}, {old.form!r}, {old.reduction!r}: must be of the same "
+                         f"rollout, k = {list(ks)}, {form!r}, {reduction!r}")
 
 
 def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, factors: Sequence[int] = (2, 3),
@@ -502,7 +512,7 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
     old            the result's .old of the first update; None makes this pass theta_old, so every ratio is 1
     """
     ks = (1, *check_factors(factors))
-    check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, old)
+    check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)
     weights = term_weights or {k: 1.0 if k == 1 else 1 / (len(ks) - 1) for k in ks}
 
     # Every observed transition, as one batch of rows [P * n * A].
@@ -540,6 +550,6 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
 
     if old is None:
         gap = (rollout.log_prob / dims - log_probs[1].detach()).abs().max().item()
-        old = Old(means_old, {k: log_prob.detach() for k, log_prob in log_probs.items()}, gap)
+        old = Old(means_old, {k: log_prob.detach() for k, log_prob in log_probs.items()}, form, reduction, gap)
     silent = int((advantages == 0).all(dim=-1).sum())
     return PolicyLoss(kl * divergence - J, terms, divergence.item(), silent, old)

@@ -1,6 +1,6 @@
 """Velocity fields whose answers are known, Algorithm 1 in slow plain loops, and small rollouts to try them on.
 
-The slow functions are written from THEORY.md in another form than pave_grpo.py (Euler-Maruyama and predicted ends
+The slow functions are written from the equations in another form than pave_grpo.py (Euler-Maruyama and predicted ends
 instead of coefficients, one row instead of a batch, torch.distributions instead of a formula) and share no code
 with it, so that agreement means something.
 """
@@ -43,7 +43,7 @@ def column(t, x):
 
 
 class GaussianFlow(torch.nn.Module):
-    """The exact velocity of data N(m_c, diag q), THEORY.md 4: affine in x, elementwise, each prompt its own mean.
+    """The exact velocity of data N(m_c, diag q): affine in x, elementwise, each prompt its own mean.
 
     It uses + - * / alone, which IEEE rounds the same way in a batch of any size: bitwise claims hold for it.
     """
@@ -122,7 +122,7 @@ def gradient(value, module):
 
 
 def slow_step(kernel, eta, t, s, x, v, t_1=None):
-    """(mean, std) of one SDE step from THEORY.md 1 in its derivation form; t, s are floats, x and v anything."""
+    """(mean, std) of one SDE step in its derivation form; t, s are floats, x and v anything."""
     x0_hat, x1_hat = x - t * v, x + (1 - t) * v
     if kernel == "cps":  # signal and noise keep their levels; cos(h) of the noise is the old one, sin(h) is fresh
         h = eta * math.pi / 2
@@ -181,7 +181,7 @@ def slow_rollout(velocity, process, start, steps_noise, sde_steps, c):
 
 
 def gaussian_law(process, m, q, mean, var, sde_steps, held=()):
-    """Mean and variance of x_0 under GaussianFlow(m, q) from N(mean, var) at t_0: every step is affine (THEORY.md 4).
+    """Mean and variance of x_0 under GaussianFlow(m, q) from N(mean, var) at t_0: every step is affine.
 
     m and q may require grad: this is the sampler's law with no sample in it. In the held steps they are constants.
     """

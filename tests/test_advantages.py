@@ -17,7 +17,7 @@ sizes = st.integers(2, 30)
 @given(seed=seeds, G=sizes, ddof=st.sampled_from([0, 1]), eps=st.sampled_from([0.0, 1e-8, 1e-4, 1.0]))
 @example(seed=0, G=2, ddof=1, eps=1e-8)
 def test_advantages_are_the_formula(seed, G, ddof, eps):
-    """THEORY 2: A = (r - mean r) / (std r + eps), with ddof 1 (sample) or 0 (population), as `statistics` has it."""
+    """A = (r - mean r) / (std r + eps), with ddof 1 (sample) or 0 (population), as `statistics` has it."""
     rewards = normal(seed, 2, 3, G)
     got = pg.group_advantages(rewards, ddof, eps, clamp=None)
     for group, A in zip(rewards.flatten(0, 1).tolist(), got.flatten(0, 1), strict=True):
@@ -29,7 +29,7 @@ def test_advantages_are_the_formula(seed, G, ddof, eps):
 
 
 def test_the_defaults_are_the_released_ones():
-    """THEORY 1: ddof 1, eps 1e-8, clamp 5: rewards 0, 1, 2 have std 1, and a lone winner of 40 is cut to 5."""
+    """Ddof 1, eps 1e-8, clamp 5: rewards 0, 1, 2 have std 1, and a lone winner of 40 is cut to 5."""
     A = pg.group_advantages(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
     assert (A - torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / (1 + 1e-8)).abs().max() <= 2 * EPS
     lone = torch.eye(40)[0]
@@ -41,7 +41,7 @@ def test_the_defaults_are_the_released_ones():
 @example(G=12, value=0.10000000149011612, ddof=1)
 @example(G=2, value=0.0, ddof=0)
 def test_equal_rewards_are_silent(G, value, ddof):
-    """THEORY 2: a group of equal rewards has advantage exactly zero, never rounding noise over eps nor 0/0."""
+    """A group of equal rewards has advantage exactly zero, never rounding noise over eps nor 0/0."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         rewards = torch.full((2, G), value, dtype=dtype)
         for eps in (1e-8, 0.0):
@@ -50,7 +50,7 @@ def test_equal_rewards_are_silent(G, value, ddof):
 
 
 def test_a_silent_group_leaves_the_others_alone():
-    """THEORY 2: equal rewards in one group do not change another group's advantages."""
+    """Equal rewards in one group do not change another group's advantages."""
     rewards = torch.tensor([[0.1, 0.1, 0.1], [1.0, 2.0, 4.0]])
     A = pg.group_advantages(rewards)
     assert torch.equal(A[0], torch.zeros(3)) and torch.equal(A[1], pg.group_advantages(rewards[1]))
@@ -74,7 +74,7 @@ def test_the_clamp(seed, G, clamp):
 
 @given(seed=seeds, G=sizes, shift=st.floats(-8, 8), scale=st.floats(0.1, 10))
 def test_invariances(seed, G, shift, scale):
-    """THEORY 2: advantages follow a permutation of the members and ignore a shift and, at eps = 0, a scale."""
+    """Advantages follow a permutation of the members and ignore a shift and, at eps = 0, a scale."""
     rewards = normal(seed, 2, G)
     A, order = pg.group_advantages(rewards, eps=0.0), torch.randperm(G, generator=torch.Generator().manual_seed(seed))
     # G + 10 roundings of numbers below 20, over the std twice (once for the size of A's own derivative).
@@ -87,7 +87,7 @@ def test_invariances(seed, G, shift, scale):
 
 
 def test_groups_do_not_leak():
-    """THEORY 2: each (prompt, step) is its own group: changing one group's rewards changes no other advantage."""
+    """Each (prompt, step) is its own group: changing one group's rewards changes no other advantage."""
     rewards = normal(0, 2, 3, 5)
     changed = rewards.clone()
     changed[1, 2] = 100 * normal(1, 5)
@@ -97,7 +97,7 @@ def test_groups_do_not_leak():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
 def test_narrow_rewards_are_widened(dtype):
-    """THEORY 2: rewards of a narrow type are normalised in float32, as if they had been given in it."""
+    """Rewards of a narrow type are normalised in float32, as if they had been given in it."""
     rewards = torch.tensor([[1, 2, 4, 7]], dtype=dtype)
     assert pg.group_advantages(rewards).dtype == torch.float32
     assert torch.equal(pg.group_advantages(rewards), pg.group_advantages(rewards.float()))
@@ -105,7 +105,7 @@ def test_narrow_rewards_are_widened(dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rewards_that_are_not_finite_are_refused(bad):
-    """THEORY 2: one broken reward would poison its whole group, so it is refused and counted."""
+    """One broken reward would poison its whole group, so it is refused and counted."""
     with pytest.raises(ValueError, match=r"^rewards: 1 of 6 are not finite$"):
         pg.group_advantages(torch.tensor([[1.0, bad, 2.0], [1.0, 2.0, 3.0]]))
 
@@ -115,6 +115,6 @@ def test_rewards_that_are_not_finite_are_refused(bad):
     (3, {"eps": math.nan}), (3, {"clamp": math.nan}),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(G, arguments):
-    """THEORY 2: a group of one has no spread to compare with; ddof, eps and clamp have their ranges."""
+    """A group of one has no spread to compare with; ddof, eps and clamp have their ranges."""
     with pytest.raises(ValueError, match=r"^group of .*must be a group of 2 or more"):
         pg.group_advantages(torch.zeros(2, G), **arguments)

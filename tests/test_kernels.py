@@ -1,4 +1,4 @@
-"""Schedule, kernels, Process and log-probability, against THEORY.md 1, scalar arithmetic and torch.distributions."""
+"""Schedule, kernels, Process and log-probability, against the table, scalar arithmetic and torch.distributions."""
 
 import math
 
@@ -17,7 +17,7 @@ def scalar(value):
 
 
 def table(kernel, t, s, eta, t_1=None):
-    """(a, b, c) copied from the table of THEORY.md 1, in Python floats."""
+    """(a, b, c) by the table of coefficients, in Python floats."""
     D, h = t - s, eta * math.pi / 2
     g = eta * math.sqrt(t / (1 - (t_1 if t == 1 else t))) if kernel == "flow_sde" else eta
     if kernel == "cps":
@@ -32,7 +32,7 @@ def table(kernel, t, s, eta, t_1=None):
 @example(steps=1, shift=1.0)
 @example(steps=16, shift=3.0)
 def test_schedule_is_the_shifted_uniform_grid(steps, shift):
-    """THEORY 1: t = shift u / (1 + (shift-1) u) on uniform u, decreasing from exactly 1 to exactly 0, in float64."""
+    """T = shift u / (1 + (shift-1) u) on uniform u, decreasing from exactly 1 to exactly 0, in float64."""
     grid = pg.schedule(steps, shift)
     assert grid.dtype == torch.float64 and grid[0] == 1 and grid[-1] == 0 and bool((grid.diff() < 0).all())
     for i, t in enumerate(grid.tolist()):
@@ -43,7 +43,7 @@ def test_schedule_is_the_shifted_uniform_grid(steps, shift):
 
 @pytest.mark.parametrize("steps, shift", [(0, 1.0), (-1, 1.0), (4, 0.0), (4, -3.0), (4, math.inf), (4, math.nan)])
 def test_schedule_refuses(steps, shift):
-    """THEORY 1: a grid needs one step or more and a positive finite shift."""
+    """A grid needs one step or more and a positive finite shift."""
     with pytest.raises(ValueError, match=r"^schedule\(.*must be.*$"):
         pg.schedule(steps, shift)
 
@@ -57,7 +57,7 @@ def test_schedule_refuses(steps, shift):
 @example(kernel="dance", span=(1.0, 0.0), eta=0.3, t_1=0.9)
 @example(kernel="cps", span=(0.4, 0.0), eta=1.0, t_1=0.9)
 def test_coefficients_are_the_table(kernel, span, eta, t_1):
-    """THEORY 1: a, b and c of each kernel are those of the table; at t = 1 flow_sde takes g at the grid's t_1."""
+    """A, b and c of each kernel are those of the table; at t = 1 flow_sde takes g at the grid's t_1."""
     t, s = span
     ours = pg.KERNELS[kernel](scalar(t), scalar(s), eta, scalar(t_1))
     for name, got, want in zip(("a", "b", "std"), ours, table(kernel, t, s, eta, t_1), strict=True):
@@ -71,7 +71,7 @@ def test_coefficients_are_the_table(kernel, span, eta, t_1):
 @given(kernel=kernels, span=spans, eta=etas, x=st.floats(-4, 4), v=st.floats(-4, 4))
 @example(kernel="flow_sde", span=(1.0, 0.8), eta=0.7, x=1.0, v=-2.0)
 def test_mean_is_the_derivation_form(kernel, span, eta, x, v):
-    """THEORY 1: a x + b v is the Euler-Maruyama step with the score -x1_hat/t, or cps's mix of predicted ends."""
+    """A x + b v is the Euler-Maruyama step with the score -x1_hat/t, or cps's mix of predicted ends."""
     t, s = span
     process = pg.Process([t, s], kernel, eta)
     got = process.transition(scalar(x)[None], scalar(v)[None], scalar(t), scalar(s))
@@ -85,7 +85,7 @@ def test_mean_is_the_derivation_form(kernel, span, eta, x, v):
 @given(t=st.floats(0.05, 0.95), fraction=st.floats(0, 0.95), eta=etas)
 @example(t=0.7, fraction=0.55 / 0.7, eta=0.7)
 def test_flow_sde_simplifies_below_one(t, fraction, eta):
-    """THEORY 1: for t < 1, flow_sde has b = -(1 + eta^2/2) D and a = 1 - eta^2 D/(2(1-t)), without any t/t."""
+    """For t < 1, flow_sde has b = -(1 + eta^2/2) D and a = 1 - eta^2 D/(2(1-t)), without any t/t."""
     D = t - t * fraction
     a, b, std = pg.flow_sde(scalar(t), scalar(t * fraction), eta, scalar(0.99))
     # Ten roundings; 1/(1-t) <= 20 scales the terms and 1 - t's own rounding is amplified by at most 20 again.
@@ -96,7 +96,7 @@ def test_flow_sde_simplifies_below_one(t, fraction, eta):
 
 @given(t_1=st.floats(0.01, 0.99), eta=etas)
 def test_flow_sde_at_one(t_1, eta):
-    """THEORY 1: at t = 1 the convention gives a = 1 - eta^2/2, b = -D, c = eta for the step 1 -> t_1."""
+    """At t = 1 the convention gives a = 1 - eta^2/2, b = -D, c = eta for the step 1 -> t_1."""
     a, b, std = pg.Process([1, t_1, 0], "flow_sde", eta).coefficients(scalar(1), scalar(t_1))
     assert b.item() == -(1 - t_1)  # (1 - t)/2t is exactly 0 at t = 1
     assert abs(a.item() - (1 - eta**2 / 2)) <= 4 * EPS and abs(std.item() - eta) <= 4 * EPS  # D/D rounds, then a sqrt
@@ -107,7 +107,7 @@ def test_flow_sde_at_one(t_1, eta):
 
 @given(t_1=st.floats(0.5, 0.99), t=st.floats(0.05, 0.95), eta=etas)
 def test_the_convention_is_only_for_one(t_1, t, eta):
-    """THEORY 1: t_1 enters g of the step that starts at t = 1 and nothing else."""
+    """T_1 enters g of the step that starts at t = 1 and nothing else."""
     for kernel in KERNELS:
         at = lambda start, t_1, kernel=kernel: pg.KERNELS[kernel](scalar(start), scalar(t / 2), eta, scalar(t_1))
         assert at(t, t_1) == at(t, 0.123), kernel
@@ -117,7 +117,7 @@ def test_the_convention_is_only_for_one(t_1, t, eta):
 @given(seed=seeds, t=st.floats(0.01, 1))
 @example(seed=0, t=1.0)
 def test_predicted_ends_meet_the_state(seed, t):
-    """THEORY 1: x0_hat = x - t v and x1_hat = x + (1-t) v, so x = (1-t) x0_hat + t x1_hat and v = x1_hat - x0_hat."""
+    """X0_hat = x - t v and x1_hat = x + (1-t) v, so x = (1-t) x0_hat + t x1_hat and v = x1_hat - x0_hat."""
     x, v = normal(seed, 2, 5, 3)
     ends = pg.predicted_ends(x, v, scalar(t).expand(5))
     bound = 8 * EPS * 8  # eight roundings of numbers below 8
@@ -127,7 +127,7 @@ def test_predicted_ends_meet_the_state(seed, t):
 
 
 def test_cps_keeps_signal_and_noise_levels():
-    """THEORY 1: a cps step gives x_s the levels (1-s) of x0_hat and s of noise in all, by sin^2 + cos^2 = 1."""
+    """A cps step gives x_s the levels (1-s) of x0_hat and s of noise in all, by sin^2 + cos^2 = 1."""
     t, s, eta = scalar(0.7), scalar(0.4), 0.7
     process = pg.Process([0.7, 0.4], "cps", eta)
     x, v = normal(0, 2, 1, 3)
@@ -148,14 +148,14 @@ def test_cps_keeps_signal_and_noise_levels():
     (dict(kernel="cps", eta=1.1), "eta=1.1: the cps kernel"),
 ])  # fmt: skip
 def test_process_refuses(arguments, message):
-    """THEORY 1: a grid that does not decrease in [0, 1], an unknown kernel or a bad eta is one clear line, at once."""
+    """A grid that does not decrease in [0, 1], an unknown kernel or a bad eta is one clear line, at once."""
     with pytest.raises(ValueError) as error:
         pg.Process(**{"grid": [1.0, 0.5, 0.0], **arguments})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 def test_cps_has_no_last_step():
-    """THEORY 1: cps at s = 0 is a Dirac, dropped when all steps are meant, refused when it is named; others keep it."""
+    """Cps at s = 0 is a Dirac, dropped when all steps are meant, refused when it is named; others keep it."""
     grid = pg.schedule(4)
     assert pg.Process(grid, "cps").stochastic_steps() == (0, 1, 2)
     assert all(pg.Process(grid, kernel).stochastic_steps() == (0, 1, 2, 3) for kernel in ("flow_sde", "dance"))
@@ -167,7 +167,7 @@ def test_cps_has_no_last_step():
 
 @pytest.mark.parametrize("steps", [[], [0, 0], [-1], [4], [0, 9]])
 def test_stochastic_steps_refuses(steps):
-    """THEORY 2: the stochastic steps are distinct integers of 0..T-1, at least one."""
+    """The stochastic steps are distinct integers of 0..T-1, at least one."""
     with pytest.raises(ValueError, match=r"^sde_steps=.*distinct integers from 0 to 3$"):
         pg.Process(pg.schedule(4)).stochastic_steps(steps)
 
@@ -191,7 +191,7 @@ def test_adding_a_kernel_is_adding_an_entry(monkeypatch):
 
 @given(seed=seeds, std=st.floats(0.05, 3), event=st.sampled_from([(1,), (3,), (2, 3)]))
 def test_log_prob_is_the_normal_density(seed, std, event):
-    """THEORY 1: log N(x; mean, std^2 I) with its constants, summed over the dimensions or averaged."""
+    """Log N(x; mean, std^2 I) with its constants, summed over the dimensions or averaged."""
     mean, x = normal(seed, 2, 5, *event)
     p = pg.Transition(mean, std * torch.arange(1, 6, dtype=torch.float64))
     truth = Normal(mean, pg.per_row(p.std, mean)).log_prob(x).flatten(1)
@@ -203,7 +203,7 @@ def test_log_prob_is_the_normal_density(seed, std, event):
 
 
 def test_one_mean_scores_a_group():
-    """THEORY 2: mu^(k) of an anchor is shared by its G members, as if it had been repeated G times."""
+    """Mu^(k) of an anchor is shared by its G members, as if it had been repeated G times."""
     mean, std, x = normal(0, 2, 3, 1, 4), normal(1, 2, 3, 1).abs(), normal(2, 2, 3, 5, 4)
     shared = pg.Transition(mean, std).log_prob(x, "sum")
     repeated = pg.Transition(mean.expand_as(x), std.expand(2, 3, 5)).log_prob(x, "sum")
@@ -211,7 +211,7 @@ def test_one_mean_scores_a_group():
 
 
 def test_log_prob_refuses():
-    """THEORY 1: a Dirac has no density and a reduction has a name: both are refused, never guessed or clamped."""
+    """A Dirac has no density and a reduction has a name: both are refused, never guessed or clamped."""
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^std=0\.0: .*no density$"):
         pg.Transition(x, torch.tensor([1.0, 0.0], dtype=torch.float64)).log_prob(x)
@@ -223,7 +223,7 @@ def test_log_prob_refuses():
 
 @each_kernel
 def test_log_prob_of_a_float32_image_is_accurate(kernel):
-    """THEORY 1: the log-density of a float32 state with 200,000 dimensions is added up without losing a clip range."""
+    """The log-density of a float32 state with 200,000 dimensions is added up without losing a clip range."""
     process = pg.Process([0.7, 0.55], kernel, 0.7)
     d = 200_000
     x, v, noise = normal(0, 3, 1, d, dtype=torch.float32)
@@ -237,7 +237,7 @@ def test_log_prob_of_a_float32_image_is_accurate(kernel):
 
 
 def test_sample_is_the_mean_plus_std_times_noise():
-    """THEORY 1: x_s = mean + c z, in the dtype of the state."""
+    """X_s = mean + c z, in the dtype of the state."""
     for dtype in (torch.float32, torch.float64):
         mean, noise = normal(0, 2, 5, 3, dtype=dtype)
         std = torch.arange(1, 6, dtype=torch.float64)
@@ -247,6 +247,6 @@ def test_sample_is_the_mean_plus_std_times_noise():
 
 @pytest.mark.parametrize("bad", [lambda x, t, c: x[:, :1], lambda x, t, c: x.sum(1), lambda x, t, c: x[None]])
 def test_velocity_of_a_wrong_shape_is_refused(bad):
-    """THEORY 1: a velocity is shaped like its state; one that would broadcast silently is refused."""
+    """A velocity is shaped like its state; one that would broadcast silently is refused."""
     with pytest.raises(ValueError, match=r"^velocity returned shape .* must be equal$"):
         pg.ode_sample(bad, pg.schedule(2), torch.zeros(2, 3))

@@ -60,7 +60,7 @@ def close(a, b):
 @example(0, "cps", "shared_anchor", "matched", 0.7, (2, 3), 0.05, "sum", 0.1)
 @example(0, "dance", "independent", "matched", 0.7, (2,), None, "mean", 0.1)
 def test_loss_is_algorithm_1_in_plain_loops(seed, kernel, mode, form, eta, factors, clip, reduction, size):
-    """THEORY 2: value and gradient of -J, one member, step and k at a time, at theta_old and after updates."""
+    """Value and gradient of -J, one member, step and k at a time, at theta_old and after updates."""
     old, process = Net(seed % 997), pg.Process(GRID, kernel, eta)
     rollout = roll(mode, old, process, P=2, G=3, steps=[0, 2], seed=seed)
     A, theta = some_advantages(rollout, seed), moved(old, seed, size)
@@ -96,7 +96,7 @@ def released(kernel, eta, x_t, x_s, v, t, s, t_1):
 @each_mode
 @each_kernel
 def test_without_factors_it_is_the_coarse_method(kernel, mode):
-    """THEORY 2: S = {} is Flow-GRPO, Flow-CPS or DanceGRPO: PPO's loss on the released trainers' log-probability."""
+    """S = {} is Flow-GRPO, Flow-CPS or DanceGRPO: PPO's loss on the released trainers' log-probability."""
     old, process = Net(0), pg.Process(GRID, kernel)
     rollout, theta, clip = roll(mode, old, process, P=2, G=4, steps=[0, 1, 2]), moved(Net(0), 1, 0.1), 0.05
     A = some_advantages(rollout)
@@ -116,7 +116,7 @@ def test_without_factors_it_is_the_coarse_method(kernel, mode):
 @each_mode
 @each_kernel
 def test_gradient_at_theta_old_is_the_policy_gradient(kernel, mode, form):
-    """THEORY 3, E9: at theta_old the gradient is -mean A d log p^(k), whatever the clip range, and ratios are 1."""
+    """E9: at theta_old the gradient is -mean A d log p^(k), whatever the clip range, and ratios are 1."""
     net, process, factors = Net(0), pg.Process(GRID, kernel), (2, 3)
     rollout = roll(mode, net, process, P=2, G=3, steps=[0, 2])
     A, total = some_advantages(rollout), 0.0
@@ -140,7 +140,7 @@ def test_gradient_at_theta_old_is_the_policy_gradient(kernel, mode, form):
 @each_form
 @each_kernel
 def test_gradient_is_the_finite_difference(kernel, form):
-    """THEORY 2: with theta_old held, the loss's gradient at any theta is its five-point finite difference."""
+    """With theta_old held, the loss's gradient at any theta is its five-point finite difference."""
     old, process = Net(0), pg.Process(GRID, kernel)
     rollout, theta, direction = roll("independent", old, process), moved(old, 3, 0.02), Net(7)
     A, options = some_advantages(rollout), dict(form=form, clip=None, kl=0.3, reference=Net(9))
@@ -163,7 +163,7 @@ def test_gradient_is_the_finite_difference(kernel, form):
 @each_mode
 @each_kernel
 def test_the_estimator_is_the_true_policy_gradient(kernel, mode):
-    """THEORY 4: with A = r - mean r and S = {} the gradient's expectation is (1 - 1/G) dE[R], got without samples."""
+    """With A = r - mean r and S = {} the gradient's expectation is (1 - 1/G) dE[R], got without samples."""
     # E[R] = -E|x_0 - 1|^2 by propagating mean and variance; steps without a log-probability hold theta constant.
     # 40 batches of 500 prompts; z of 4 (m, q in two dimensions) x 6 cases: |z| <= 6.5 with Student's t of 39 degrees
     # has a false-alarm rate of 24 * 1.05e-7 = 2.5e-6. Standard errors are 0.3 - 1% of the
@@ -204,7 +204,7 @@ def test_the_estimator_is_the_true_policy_gradient(kernel, mode):
     (9.0, 2.0, None, 18.0, 18.0), (0.1, -2.0, None, -0.2, -0.2),
 ])  # fmt: skip
 def test_clipped_surrogate_by_hand(ratio, A, clip, value, slope):
-    """THEORY 2: min(rho A, clip(rho) A) cuts A > 0 above 1 + eps and A < 0 below 1 - eps; slope is by log rho."""
+    """Min(rho A, clip(rho) A) cuts A > 0 above 1 + eps and A < 0 below 1 - eps; slope is by log rho."""
     log_ratio = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
     got = pg.clipped_surrogate(log_ratio, torch.tensor(A, dtype=torch.float64), clip)
     got.value.backward()
@@ -215,7 +215,7 @@ def test_clipped_surrogate_by_hand(ratio, A, clip, value, slope):
 
 
 def test_a_ratio_that_overflows_is_cut_like_any_other():
-    """THEORY 2: a member whose ratio exceeds every float is cut at (1 + eps) A, with gradient zero and never NaN."""
+    """A member whose ratio exceeds every float is cut at (1 + eps) A, with gradient zero and never NaN."""
     log_ratio = torch.tensor([800.0, 800.0, 0.0], dtype=torch.float64, requires_grad=True)
     value = pg.clipped_surrogate(log_ratio, torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), 0.2).value
     value.sum().backward()
@@ -227,7 +227,7 @@ def test_a_ratio_that_overflows_is_cut_like_any_other():
 @each_mode
 @each_kernel
 def test_second_update_uses_the_old_log_probs(kernel, mode, form):
-    """THEORY 2: after an update every ratio is p_theta / p_old for its own k, and the statistics are of those."""
+    """After an update every ratio is p_theta / p_old for its own k, and the statistics are of those."""
     old, process, clip = Net(0), pg.Process(GRID, kernel), 0.03
     theta, rollout = moved(old, 1, 0.05), roll(mode, old, process, P=2, G=5, steps=[0, 2])
     A = some_advantages(rollout)
@@ -276,7 +276,7 @@ def test_old_is_remembered_detached():
 
 
 def attribution(transition, x_s, A):
-    """d(mean_i A_i log p_i)/d mean per group, the credit vectors of THEORY 3, and the sum over the group."""
+    """d(mean_i A_i log p_i)/d mean per group, the credit vectors, and the sum over the group."""
     leaf = transition.mean.detach().requires_grad_()
     log_prob = pg.Transition(leaf, transition.std).log_prob(x_s, "sum")
     credit = torch.autograd.grad((A * log_prob).sum(), leaf)[0] / A.shape[-1]
@@ -460,7 +460,7 @@ def test_e3_e7_e10_expected_ratios(kernel):
 @each_mode
 @each_kernel
 def test_kl_is_that_of_the_coarse_steps(kernel, mode, reduction):
-    """THEORY 2: beta KL(pi_theta || pi_ref) is torch's KL of coarse Gaussians, reduced as the log-probability is."""
+    """Beta KL(pi_theta || pi_ref) is torch's KL of coarse Gaussians, reduced as the log-probability is."""
     net, reference, process = Net(0), Net(9), pg.Process(GRID, kernel)
     rollout, grid, values = roll(mode, net, process, P=2, G=3, steps=[0, 2]), GRID.tolist(), []
     for p, (j, i), a in product(range(2), enumerate((0, 2)), range(rollout.x_t.shape[2])):
@@ -480,7 +480,7 @@ def test_kl_is_that_of_the_coarse_steps(kernel, mode, reduction):
 
 
 def test_kl_gives_no_gradient_to_the_reference():
-    """THEORY 2: pi_ref is fixed: the loss does not depend on its parameters, and a reference equal to pi costs 0."""
+    """Pi_ref is fixed: the loss does not depend on its parameters, and a reference equal to pi costs 0."""
     net, reference = Net(0), Net(9)
     rollout = roll("independent", net, pg.Process(GRID))
     result = pg.policy_loss(net, rollout, some_advantages(rollout), kl=1.0, reference=reference)
@@ -490,7 +490,7 @@ def test_kl_gives_no_gradient_to_the_reference():
 
 @each_mode
 def test_weights_default_and_per_step(mode):
-    """THEORY 2: w_1 = 1 and w_k = 1/|S|; another weight is a number per k, or one per stochastic step."""
+    """W_1 = 1 and w_k = 1/|S|; another weight is a number per k, or one per stochastic step."""
     net, process = Net(0), pg.Process(GRID)
     rollout = roll(mode, net, process, P=3, G=3, steps=[0, 1, 2])  # P = n = G: a transposed weight would fit
     A = some_advantages(rollout)
@@ -526,7 +526,7 @@ def test_reductions_agree_in_direction(mode):
 @each_mode
 @pytest.mark.parametrize("form", ["paper", "matched"])
 def test_the_loss_is_a_mean_over_prompts(mode, form):
-    """THEORY 2: the loss of several prompts is the mean of their losses, so prompts may be split over devices."""
+    """The loss of several prompts is the mean of their losses, so prompts may be split over devices."""
     net, process, P = Net(0), pg.Process(GRID, "cps"), 3
     rollout, reference, theta = roll(mode, net, process, P=P), Net(9), moved(net, 1, 0.05)
     A, options = some_advantages(rollout), dict(form=form, kl=0.2, clip=0.05)
@@ -545,7 +545,7 @@ def test_the_loss_is_a_mean_over_prompts(mode, form):
 
 @each_mode
 def test_cost_of_an_update(mode):
-    """THEORY 2: 1 + sum (k-1) evaluations per (prompt, step) at a shared anchor, G times that with own states."""
+    """1 + sum (k-1) evaluations per (prompt, step) at a shared anchor, G times that with own states."""
     velocity, process, (P, G) = Counting(Net(0)), pg.Process(GRID), (2, 4)
     rollout, reference = roll(mode, velocity, process, P, G, steps=[0, 2]), Counting(Net(9))
     velocity = Counting(Net(0))
@@ -559,7 +559,7 @@ def test_cost_of_an_update(mode):
 
 @each_mode
 def test_groups_without_signal_are_counted_and_kept(mode):
-    """THEORY 2: a group of equal rewards adds nothing, is counted, and stays in the mean over prompts."""
+    """A group of equal rewards adds nothing, is counted, and stays in the mean over prompts."""
     net, process = Net(0), pg.Process(GRID)
     rollout = roll(mode, net, process, P=3, steps=[0, 2])
     rewards = rollout.x_0.sum(-1)
@@ -577,6 +577,7 @@ def test_groups_without_signal_are_counted_and_kept(mode):
     assert all(term.clip_fraction == 0 for term in silent.terms.values())
 
 
+OLD = pg.Old({}, dict.fromkeys((1, 2, 3), torch.zeros(2, 1, 4)), "paper", "mean", 0.0)
 BAD = [
     (dict(advantages=torch.zeros(2, 4)), "advantages of shape (2, 4): must be (2, 1, 4)"),
     (dict(advantages=torch.zeros(2, 2, 4)), "advantages of shape (2, 2, 4): must be (2, 1, 4)"),
@@ -586,14 +587,17 @@ BAD = [
     (dict(term_weights={1: 1.0, 2: 1.0}), "term_weights for k = [1, 2]"),
     (dict(term_weights={}), "term_weights for k = []"),
     (dict(reduction="avg"), "reduction='avg'"), (dict(factors=(1, 2)), "factors=[1, 2]"),
-    (dict(old=pg.Old({}, {1: 0, 2: 0}, 0.0)), "old holds k = [1, 2]"),
+    (dict(old=OLD._replace(log_probs={1: torch.zeros(2, 1, 4), 2: 0})), "old is of k = [1, 2], 'paper', 'mean'"),
+    (dict(old=OLD._replace(form="matched")), "old is of k = [1, 2, 3], 'matched', 'mean'"),
+    (dict(old=OLD._replace(reduction="sum")), "old is of k = [1, 2, 3], 'paper', 'sum'"),
+    (dict(old=OLD._replace(log_probs=dict.fromkeys((1, 2, 3), torch.zeros(2, 3, 4)))), "old is of k = [1, 2, 3]"),
     (dict(term_weights=dict.fromkeys((1, 2, 3), torch.ones(3))), "term_weights"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments, message", BAD, ids=[message for _, message in BAD])
+@pytest.mark.parametrize("arguments, message", BAD, ids=[f"{i}: {message}" for i, (_, message) in enumerate(BAD)])
 def test_bad_arguments_are_one_line(arguments, message):
-    """THEORY 2: arguments that do not fit together are refused in one line that names the value and the rule."""
+    """Arguments that do not fit together are refused in one line that names the value and the rule."""
     rollout = roll("independent", Net(0), pg.Process(GRID), steps=[1])  # one step: weights of three would broadcast
     arguments = {"advantages": some_advantages(rollout), **arguments}
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
@@ -629,7 +633,7 @@ def run_on(device, dtype, kernel, mode):
 @each_mode
 @each_kernel
 def test_core_runs_on(device, dtype, mode, kernel):
-    """THEORY 2: rollout, advantages and loss run where the noise and the network are, in the dtype of the noise."""
+    """Rollout, advantages and loss run where the noise and the network are, in the dtype of the noise."""
     x_0, _, grad = run_on(device, dtype, kernel, mode)
     assert x_0.isfinite().all() and grad.isfinite().all() and grad.norm() > 0
 
@@ -638,7 +642,7 @@ def test_core_runs_on(device, dtype, mode, kernel):
 @each_mode
 @each_kernel
 def test_cpu_and_cuda_agree(mode, kernel):
-    """THEORY 2: the same CPU generators give the same rollout on either device up to float32 rounding, TF32 off."""
+    """The same CPU generators give the same rollout on either device up to float32 rounding, TF32 off."""
     torch.backends.cuda.matmul.allow_tf32 = False
     here, there = (run_on(device, torch.float32, kernel, mode) for device in ("cpu", "cuda"))
     # Four steps of about 100 float32 roundings (2^-24) of numbers below 10, amplified at most 3^4; the loss then

@@ -44,7 +44,7 @@ LOOP = 30 * 16 * 3**5 * EPS
 @given(seed=seeds, kernel=kernels, eta=st.floats(0.2, 1.0), steps=step_sets, own_start=st.booleans())
 @example(seed=0, kernel="flow_sde", eta=0.7, steps=[0, 1, 2, 3, 4], own_start=True)
 def test_independent_is_the_plain_loop(seed, kernel, eta, steps, own_start):
-    """THEORY 2: an independent member is its own chain of SDE and ODE steps, in a batch as when run alone."""
+    """An independent member is its own chain of SDE and ODE steps, in a batch as when run alone."""
     process, P, G = pg.Process(pg.schedule(5, 2.0), kernel, eta), 2, 3
     noise = pg.draw_noise(generators(seed, P), G, (3,), len(steps), own_start, torch.float64)
     rollout = pg.rollout_independent(FLOW, process, noise, steps)
@@ -65,7 +65,7 @@ def test_independent_is_the_plain_loop(seed, kernel, eta, steps, own_start):
 @example(seed=0, kernel="dance", eta=0.7, steps=[0, 4], finish=False)
 @example(seed=0, kernel="cps", eta=1.0, steps=[3], finish=True)
 def test_shared_anchor_is_the_plain_loop(seed, kernel, eta, steps, finish):
-    """THEORY 2: G members leave the prompt's ODE trajectory at each chosen step by one SDE step and finish by ODE."""
+    """G members leave the prompt's ODE trajectory at each chosen step by one SDE step and finish by ODE."""
     process, P, G = pg.Process(pg.schedule(5, 2.0), kernel, eta), 2, 3
     noise = pg.draw_noise(generators(seed, P), G, (3,), len(steps), dtype=torch.float64)
     rollout = pg.rollout_shared_anchor(FLOW, process, noise, steps, finish_anchor=finish)
@@ -87,7 +87,7 @@ def test_shared_anchor_is_the_plain_loop(seed, kernel, eta, steps, finish):
 
 
 def test_ode_sample_is_the_plain_loop():
-    """THEORY 1: ode_sample is Euler along the grid, row b under condition b, and gives the finished anchor bitwise."""
+    """Ode_sample is Euler along the grid, row b under condition b, and gives the finished anchor bitwise."""
     process, x = pg.Process(pg.schedule(5, 2.0)), normal(0, 2, 3)
     with torch.no_grad():
         loop = [slow_rollout(FLOW, process, x[p : p + 1], {}, [], torch.tensor([p]))[0] for p in range(2)]
@@ -102,7 +102,7 @@ def test_ode_sample_is_the_plain_loop():
 
 @given(seed=seeds, kernel=kernels, mode=modes, steps=step_sets, half=st.booleans())
 def test_the_first_pass_recomputes_the_sampling_bitwise(seed, kernel, mode, steps, half):
-    """THEORY 2: log p_old stored while sampling is `==` the one the update computes, for an elementwise velocity."""
+    """Log p_old stored while sampling is `==` the one the update computes, for an elementwise velocity."""
     process = pg.Process(pg.schedule(5, 3.0), kernel)
     rollout = roll(mode, FLOW, process, steps=steps, seed=seed, dtype=torch.float32 if half else torch.float64)
     result = pg.policy_loss(FLOW, rollout, some_advantages(rollout), reduction="sum")
@@ -115,7 +115,7 @@ def test_the_first_pass_recomputes_the_sampling_bitwise(seed, kernel, mode, step
 @each_mode
 @each_kernel
 def test_the_sampling_gap_of_a_network_is_float32_rounding(kernel, mode):
-    """THEORY 2: with a float32 network the gap is what other batch sizes' matmul rounding allows, and no more."""
+    """With a float32 network the gap is what other batch sizes' matmul rounding allows, and no more."""
     net, process = Net(3, width=32, dtype=torch.float32), pg.Process(pg.schedule(5, 3.0), kernel)
     rollout = roll(mode, net, process, G=7, steps=[0, 2], dtype=torch.float32)
     u = 2.0**-24
@@ -134,7 +134,7 @@ def test_the_sampling_gap_of_a_network_is_float32_rounding(kernel, mode):
 
 @each_mode
 def test_rollouts_carry_no_gradient(mode):
-    """THEORY 2: a rollout is made under theta_old, so nothing in it requires grad."""
+    """A rollout is made under theta_old, so nothing in it requires grad."""
     rollout = roll(mode, FLOW, pg.Process(pg.schedule(3)))
     assert not any(f.requires_grad for f in (rollout.x_t, rollout.x_s, rollout.log_prob, rollout.x_0))
     assert not pg.ode_sample(FLOW, pg.schedule(2), normal(0, 2, 3)).requires_grad
@@ -172,7 +172,7 @@ def check_law(x, mean, var):
 @pytest.mark.parametrize("steps", [None, [1, 2]])
 @each_kernel
 def test_independent_samples_have_the_exact_law(kernel, steps):
-    """THEORY 4: under a Gaussian flow x_0 is Gaussian, with the mean and variance that the affine steps propagate."""
+    """Under a Gaussian flow x_0 is Gaussian, with the mean and variance that the affine steps propagate."""
     m, q = torch.tensor([1.0, -0.5]), torch.tensor([0.5, 2.0])
     process = pg.Process(pg.schedule(4, 2.0), kernel, 0.8)
     rollout = roll("independent", GaussianFlow(m[None], q), process, P=1, G=N, d=2, steps=steps)
@@ -181,7 +181,7 @@ def test_independent_samples_have_the_exact_law(kernel, steps):
 
 @pytest.mark.parametrize("start", ["own_start", "shared_start"])
 def test_a_shared_start_conditions_the_law(start):
-    """THEORY 2: members that share x_1 have the law given it; members with their own have the full one."""
+    """Members that share x_1 have the law given it; members with their own have the full one."""
     m, q, own = torch.tensor([1.0, -0.5]), torch.tensor([0.5, 2.0]), start == "own_start"
     process = pg.Process(pg.schedule(4, 2.0), "dance", 0.8)
     rollout = roll("independent", GaussianFlow(m[None], q), process, P=1, G=N, d=2, own_start=own)
@@ -193,7 +193,7 @@ def test_a_shared_start_conditions_the_law(start):
 
 @each_kernel
 def test_shared_anchor_branches_have_the_exact_law(kernel):
-    """THEORY 4: given x_1, a branch at step i is Gaussian: an ODE shift, one SDE step's variance, and ODE gains."""
+    """Given x_1, a branch at step i is Gaussian: an ODE shift, one SDE step's variance, and ODE gains."""
     m, q = torch.tensor([1.0, -0.5]), torch.tensor([0.5, 2.0])
     process = pg.Process(pg.schedule(4, 2.0), kernel, 0.8)
     rollout = roll("shared_anchor", GaussianFlow(m[None], q), process, P=1, G=N, d=2, steps=[0, 2])
@@ -241,7 +241,7 @@ def test_e11_one_step_from_the_exact_marginal(kernel):
 
 @pytest.mark.parametrize("steps, finish", [([0, 2, 4], False), ([0, 2, 4], True), ([3], False), ([5], False)])
 def test_shared_anchor_cost(steps, finish):
-    """THEORY 2: a prompt costs G sum_i (T-1-i) for branches plus max_i + 1 (T if finished), one call per time."""
+    """A prompt costs G sum_i (T-1-i) for branches plus max_i + 1 (T if finished), one call per time."""
     process, P, G, T = pg.Process(pg.schedule(6, 3.0)), 2, 4, 6
     velocity = Counting(FLOW)
     rollout = roll("shared_anchor", velocity, process, P, G, steps=steps, finish_anchor=finish)
@@ -251,7 +251,7 @@ def test_shared_anchor_cost(steps, finish):
 
 
 def test_independent_cost():
-    """THEORY 2: P G trajectories of T steps are P G T evaluations in T calls, each at one time of the grid."""
+    """P G trajectories of T steps are P G T evaluations in T calls, each at one time of the grid."""
     process, velocity = pg.Process(pg.schedule(6, 3.0)), Counting(FLOW)
     rollout = roll("independent", velocity, process, P=2, G=4, steps=[1, 3])
     assert rollout.evaluations == velocity.rows == 2 * 4 * 6
@@ -260,7 +260,7 @@ def test_independent_cost():
 
 @given(seed=seeds, kernel=kernels, mode=modes, P=st.integers(2, 4))
 def test_a_batch_of_prompts_is_each_prompt_alone(seed, kernel, mode, P):
-    """THEORY 2: a prompt's rollout knows its own noise and condition alone: bitwise the same in a batch."""
+    """A prompt's rollout knows its own noise and condition alone: bitwise the same in a batch."""
     process = pg.Process(pg.schedule(4, 2.0), kernel)
     flow = GaussianFlow(normal(seed, P, 3), [0.5, 2.0, 0.1])
     together = roll(mode, flow, process, P, seed=seed, steps=[0, 2])
@@ -272,7 +272,7 @@ def test_a_batch_of_prompts_is_each_prompt_alone(seed, kernel, mode, P):
 
 @each_mode
 def test_conditions_reach_their_rows(mode):
-    """THEORY 2: v = c moves prompt c by exactly -c in all, on every path from t = 1 to 0, however stochastic."""
+    """V = c moves prompt c by exactly -c in all, on every path from t = 1 to 0, however stochastic."""
     process, calm = pg.Process(pg.schedule(4), "dance", 1e-12), lambda x, t, c: column(c, x).expand_as(x)
     rollout = roll(mode, calm, process, P=3, G=2)
     start = rollout.x_t[:, :1, :, :]
@@ -298,7 +298,7 @@ def test_noise_comes_from_the_generators_alone():
 
 
 def test_a_prompts_noise_is_its_own():
-    """THEORY 2: noise is drawn start first, prompt by prompt: other prompts do not change it, and no two rows agree."""
+    """Noise is drawn start first, prompt by prompt: other prompts do not change it, and no two rows agree."""
     noise = pg.draw_noise(generators(0, 3), 4, (2, 2), 5, own_start=True)
     alone = pg.draw_noise(generators(2, 1), 4, (2, 2), 5, own_start=True)
     assert noise.start.shape == (3, 4, 2, 2) and noise.steps.shape == (3, 5, 4, 2, 2)
@@ -312,7 +312,7 @@ def test_a_prompts_noise_is_its_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_mode
 def test_the_states_have_the_dtype_of_the_noise(mode, dtype):
-    """THEORY 1: float64 noise gives a float64 trajectory and float32 a float32 one; log-densities are float64."""
+    """Float64 noise gives a float64 trajectory and float32 a float32 one; log-densities are float64."""
     rollout = roll(mode, FLOW, pg.Process(pg.schedule(3)), dtype=dtype)
     assert rollout.x_t.dtype == rollout.x_s.dtype == rollout.x_0.dtype == dtype
     assert rollout.log_prob.dtype == torch.float64
@@ -321,7 +321,7 @@ def test_the_states_have_the_dtype_of_the_noise(mode, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @each_mode
 def test_the_model_may_compute_in_another_dtype(mode, dtype):
-    """THEORY 1: whatever a model returns, float32 states stay float32, bitwise those of its velocity in float32."""
+    """Whatever a model returns, float32 states stay float32, bitwise those of its velocity in float32."""
     seen = []
 
     def model(x, t, c):
@@ -341,7 +341,7 @@ def test_the_model_may_compute_in_another_dtype(mode, dtype):
     (3, 1, "independent"), (1, 1, "shared_anchor"), (2, 3, "independent"), (2, 4, "shared_anchor"),
 ])  # fmt: skip
 def test_noise_that_does_not_fit_is_refused(noise_steps, start_rows, mode):
-    """THEORY 2: noise has one draw per stochastic step and one start per group, or one per independent member."""
+    """Noise has one draw per stochastic step and one start per group, or one per independent member."""
     noise = pg.Noise(torch.zeros(2, start_rows, 3), torch.zeros(2, noise_steps, 4, 3))
     sampler = pg.rollout_independent if mode == "independent" else pg.rollout_shared_anchor
     with pytest.raises(ValueError, match=r"^noise with start .* for 2 stochastic steps, need start .*$"):
@@ -350,7 +350,7 @@ def test_noise_that_does_not_fit_is_refused(noise_steps, start_rows, mode):
 
 @each_mode
 def test_noise_of_another_event_is_refused(mode):
-    """THEORY 1: the noise of a step is N(0, I) of the state's own shape: one draw broadcast over dimensions is not."""
+    """The noise of a step is N(0, I) of the state's own shape: one draw broadcast over dimensions is not."""
     noise = pg.Noise(torch.zeros(2, 1, 3), torch.zeros(2, 2, 4, 1))
     sampler = pg.rollout_independent if mode == "independent" else pg.rollout_shared_anchor
     with pytest.raises(ValueError, match=r"^noise with start"):
@@ -359,6 +359,6 @@ def test_noise_of_another_event_is_refused(mode):
 
 @pytest.mark.parametrize("G, n", [(1, 2), (0, 2), (4, 0)])
 def test_draw_noise_refuses(G, n):
-    """THEORY 2: a group has two members or more and a rollout one stochastic step or more."""
-    with pytest.raises(ValueError, match=r"^group_size=.*need two or more members"):
+    """A group has two members or more and a rollout one stochastic step or more."""
+    with pytest.raises(ValueError, match=r"group_size=.*must be .*two or more members"):
         pg.draw_noise(generators(0, 1), G, (3,), n)

@@ -121,7 +121,8 @@ BAD = {  # the command line, and what the one line must name
     f"--evaluate {ROOT / 'train.py'}": "train.py", "--updates 0": "--updates 0", f"--out {ROOT}": "--out",
     "--kl -0.1": "--kl -0.1", "--seed -1": "--seed -1", "--device tpu": "--device tpu", "--iterations x": "'x'",
     "--max-grad-norm 0": "--max-grad-norm 0", "--threads -1": "--threads -1", "--eval-every -1": "--eval-every -1",
-    "--warmup -1": "--warmup -1", "--weight-decay -1": "--weight-decay -1", "--iterations -1": "--iterations -1", "--iter 3": "--iter",
+    "--warmup -1": "--warmup -1", "--weight-decay -1": "--weight-decay -1", "--iterations -1": "--iterations -1",
+    "--iter 3": "--iter",
 }
 
 

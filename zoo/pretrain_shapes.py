@@ -1,6 +1,6 @@
 """Pretrain the embedded model: the one command that made zoo/shapes.safetensors and docs/pretraining.png.
 
-    python -m zoo.pretrain_shapes              about 18 minutes on 2 CPU cores
+    python -m zoo.pretrain_shapes              about 7 minutes on 2 CPU cores
     python -m zoo.pretrain_shapes --dry-run    one step and one validation, nothing written
 
 Every batch is drawn afresh from all prompts, those held out of alignment too: the model that alignment starts
@@ -51,7 +51,7 @@ def option(default: object, text: str):
 class Options:
     """The command line; see --help."""
 
-    steps: int = option(1200, "optimiser steps")
+    steps: int = option(900, "optimiser steps")
     batch: int = option(64, "pictures per step")
     lr: float = option(2e-3, "peak learning rate, of both optimisers")
     ema: float = option(0.998, "decay per step of the running mean of the weights")
