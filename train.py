@@ -51,12 +51,12 @@ def option(default, help, **how):
 class Options:
     """Everything a run depends on. Each field is a flag: prompts_per_iteration is --prompts-per-iteration."""
 
-    iterations: int = option(30, "training iterations; 0 only evaluates")
+    iterations: int = option(28, "training iterations; 0 only evaluates")
     prompts_per_iteration: int = option(8, "P, prompts per iteration over all ranks; a multiple of the ranks")
-    group_size: int = option(8, "G, members of a group, >= 2")
+    group_size: int = option(12, "G, members of a group, >= 2")
     steps: int = option(8, "T, steps of the sampling grid")
     shift: float = option(1.0, "shift of the grid; above 1 spends more steps near the noise")
-    sde_steps: tuple[int, ...] = option((0, 1, 2, 3), "stochastic steps, from 0; no number: all that have a density")
+    sde_steps: tuple[int, ...] = option((0, 1, 2), "stochastic steps, from 0; no number: all that have a density")
     kernel: str = option("cps", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
     eta: float = option(0.7, "stochasticity of the kernel, > 0")
     rollouts: str = option("shared_anchor", "groups branch from one ODE trajectory, or are G chains of their own",
@@ -70,7 +70,7 @@ class Options:
     updates: int = option(1, "updates per rollout; with 1 every ratio is 1 and --clip cannot act")
     clip: float = option(1e-4, "clip range of the ratios, > 0; 'mean' ratios stay within about 1e-3 of 1")
     kl: float = option(0.0, "coefficient of the KL to the initial model, >= 0")
-    lr: float = option(2e-4, "learning rate, > 0")
+    lr: float = option(1e-4, "learning rate, > 0")
     warmup: int = option(5, "iterations over which the learning rate rises to --lr, >= 0")
     optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
     weight_decay: float = option(1e-4, "decoupled weight decay of adamw, >= 0")
@@ -210,7 +210,7 @@ class Ranks:
 SHAPE = (3, shapes.SIZE, shapes.SIZE)
 IMAGES_PER_PROMPT = 4  # of a held-out prompt, each from its own noise: diversity is measured among them
 EVAL_STEPS = (8, 16, 40)
-EVAL_BATCH = 64  # a fixed size, so that no figure depends on the number of ranks
+EVAL_BATCH = 128  # a fixed size, so that no figure depends on the number of ranks
 
 
 def velocity_of(model: torch.nn.Module, prompts: list[str], device: torch.device) -> pave.Velocity:
