@@ -4,15 +4,16 @@
     v   = dx/dt = x_1 - x_0        what `ShapesFlow` returns; x is [B, 3, 32, 32]
 
 The network predicts the clean picture, and the velocity follows: v = (x - x0_hat) / max(t, 0.05). A picture
-of flat shapes is an easier target than noise for 0.86 M parameters, and the floor keeps v finite at t = 0.
+of flat shapes is an easier target than noise for 0.60 M parameters, and the floor keeps v finite at t = 0.
 
 It is a single-stream diffusion transformer: prompt tokens and 4 x 4 patches in one sequence, adaptive layer
-norms with one linear map shared by all blocks. Convolutions give it what patches lack at this size: a 3 x 3
-stem, a depthwise 3 x 3 in each MLP, a convolutional head at full resolution that sees the stem. Normalisation
-is per token: rows of a batch do not see each other. There is no dropout, and no state.
+norms with one linear map shared by all blocks. Convolutions give it what patches and words lack at this size:
+a 3 x 3 stem, in each MLP a depthwise 3 x 3 over patches and a depthwise 3 along the words, a convolutional head
+at full resolution that sees the stem. Normalisation is per token: rows of a batch do not see each other. There
+is no dropout, and no state.
 
 Why not a diffusers class: a pixel-space SD3Transformer2DModel of 2 M parameters, given such pictures and
-seven minutes of two CPU cores, drew barely any prompt right. The real ones have adapters in this folder.
+seven minutes of two CPU cores, drew barely any prompt right.
 """
 
 import json
@@ -55,7 +56,7 @@ def to_images(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the network: 0.86 M parameters as they stand."""
+    """Sizes of the network: 0.60 M parameters as they stand."""
 
     width: int = 96
     depth: int = 4
