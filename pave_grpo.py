@@ -338,7 +338,8 @@ def rollout_independent(velocity: Velocity, process: Process, noise: Noise,
                         sde_steps: Sequence[int] | None = None) -> Rollout:
     """G trajectories per prompt, each its own chain (Algorithm 1 as printed); the other steps are ODE.
 
-    x_1 is shared by the group or each member's own, as the noise has it. One velocity call per time.
+    x_1 is shared by the group or each member's own, as the noise has it. One velocity call per time. Raises
+    ValueError for steps or noise that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
     P, G = noise.steps.shape[0], noise.steps.shape[2]
@@ -364,6 +365,7 @@ def rollout_shared_anchor(velocity: Velocity, process: Process, noise: Noise,
 
     Each (prompt, step) is its own group (the released training setting). The anchor stops after its last
     stochastic step unless finish_anchor. All live rows of all prompts advance in one velocity call per time.
+    Raises ValueError for steps or noise that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
     (P, n, G), event = noise.steps.shape[:3], noise.steps.shape[3:]
@@ -510,6 +512,8 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
     reference      velocity of pi_ref; KL = |mu - mu_ref|^2 / (2 c_1^2) of the coarse steps at the observed x_t,
                    reduced as the log-probability is
     old            the result's .old of the first update; None makes this pass theta_old, so every ratio is 1
+    advantages     [P, N, G], as group_advantages gives them for the rewards of rollout.x_0
+    Raises ValueError, before any evaluation, for arguments that do not fit together. Paper, Algorithm 1.
     """
     ks = (1, *check_factors(factors))
     check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)

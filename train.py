@@ -140,8 +140,12 @@ def check(o: Options) -> None:
         (not o.own_start or o.rollouts == "independent", "own_start", "left out unless --rollouts independent"),
         (not (o.evaluate and o.sample), "sample", "left out with --evaluate"),
         (bool(o.prompt) == bool(o.sample), "prompt", "given with --sample, and only then"),
-        (o.device in ("auto", "cpu") or o.device.startswith("cuda"), "device", "cpu, cuda or auto"),
-        (not o.device.startswith("cuda") or torch.cuda.is_available(), "device", "cpu: no CUDA device is available"),
+        (o.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto"),
+        (o.device != "cuda" or torch.cuda.is_available(), "device", "cpu: no CUDA device is available"),
+        (not (o.evaluate and o.out), "out", "left out with --evaluate, which only prints"),
+        (not o.sample or o.out or not Path("samples.png").exists(), "out",
+         "given with --sample where samples.png exists"),
+        (not o.sample or world == 1, "sample", "run without torchrun"),
         (not o.out or not Path(o.out).exists() or (Path(o.out).is_dir() and not any(Path(o.out).iterdir())), "out",
          "a new or empty folder"),
     ]
@@ -174,9 +178,10 @@ class Ranks:
 
     @classmethod
     def start(cls, o: Options) -> Ranks:
+        """This process's place, its device and threads set up, the process group opened if there are others."""
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        kind = o.device if o.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(f"cuda:{local}" if kind == "cuda" else kind)
+        cuda = o.device == "cuda" or (o.device == "auto" and torch.cuda.is_available())
+        device = torch.device(f"cuda:{local}" if cuda else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cudnn.allow_tf32 = False  # convolutions in true float32, as on the CPU
@@ -442,6 +447,7 @@ class Run:
             print(f"writing {self.folder}/")
 
     def log(self, line: dict) -> None:
+        """Append a line to metrics.jsonl, with the seconds since the start."""
         line["seconds"] = round(time.perf_counter() - self.began, 2)
         self.lines.append(line)
         if self.ranks.rank == 0:
@@ -449,6 +455,7 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
     def picture(self, columns: dict[str, Tensor]) -> None:
+        """Draw before_after.png from blocks of draw_shown's images."""
         if self.ranks.rank == 0:
             draw_grid(columns, shown_prompts()[0], self.folder / "before_after.png")
 
@@ -465,6 +472,7 @@ class Run:
                   + f"; diversity {result['diversity']:.3f}")
 
     def save(self, model, iterations: int, interrupted: bool) -> None:
+        """Write checkpoint.safetensors, curve.png and summary.json as of now."""
         if self.ranks.rank > 0:
             return
         shapes_model.save(model, self.folder / "checkpoint.safetensors", {"iterations": str(iterations)}, torch.float32)
@@ -519,6 +527,7 @@ def train(o: Options, ranks: Ranks) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate, sample, print the cost, or train: what the command line says."""
     o = parse(argv)
     ranks = Ranks.start(o)
     if o.evaluate:

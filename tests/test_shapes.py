@@ -142,12 +142,14 @@ def test_a_saved_model_is_the_model(tmp_path):
 
 
 def test_pretraining_learns_in_a_few_steps():
-    """The pretraining loss is the flow-matching loss: with the true picture as the prediction it would vanish."""
+    """The pretraining loss vanishes for the exact velocity (x - x_0)/t, and twelve steps halve it for the network."""
     loss = pretrain_shapes.flow_loss
     torch.manual_seed(0)
     model = shapes_model.ShapesFlow()
     images = shapes.draw(["a red circle"] * 8, seeded(7)) * 2 - 1
     tokens = shapes_model.tokenize(["a red circle"] * 8)
+    exact = loss(lambda x, t, tokens: (x - images) / t.view(-1, 1, 1, 1), images, tokens, seeded(8))
+    assert exact.item() < 1e-8  # float32 states of order 1, divided by t > 0.01: errors of 1e-5, squared and averaged
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(12):

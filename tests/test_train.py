@@ -122,7 +122,7 @@ BAD = {  # the command line, and what the one line must name
     "--kl -0.1": "--kl -0.1", "--seed -1": "--seed -1", "--device tpu": "--device tpu", "--iterations x": "'x'",
     "--max-grad-norm 0": "--max-grad-norm 0", "--threads -1": "--threads -1", "--eval-every -1": "--eval-every -1",
     "--warmup -1": "--warmup -1", "--weight-decay -1": "--weight-decay -1", "--iterations -1": "--iterations -1",
-    "--iter 3": "--iter",
+    "--iter 3": "--iter", "--device cuda:9": "--device cuda:9", "--evaluate x --out y": "--out y",
 }
 
 

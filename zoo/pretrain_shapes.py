@@ -66,8 +66,10 @@ class Options:
 
     @classmethod
     def from_command_line(cls) -> "Options":
+        """The options of sys.argv. Bad input: one line, status 2."""
         parser = argparse.ArgumentParser("python -m zoo.pretrain_shapes", description=__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.error = lambda message: parser.exit(2, f"zoo.pretrain_shapes: error: {message}\n")
         for f in fields(cls):
             kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
             text = f.metadata["help"] + ("" if f.type is bool else " (default: %(default)s)")
@@ -76,6 +78,9 @@ class Options:
         for name in ("steps", "batch", "lr", "threads", "validate_every", "pairs"):
             if getattr(options, name) <= 0:
                 parser.error(f"{name} is {getattr(options, name)}; it must be above zero")
+        if not (0 <= options.drop <= 1 and 0 <= options.ema < 1 and options.seed >= 0):
+            parser.error(f"drop {options.drop}, ema {options.ema}, seed {options.seed}; "
+                         "they must be in [0, 1], in [0, 1), and 0 or more")
         return options
 
 
@@ -91,6 +96,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step from the gradients in place."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for w in group["params"]:
@@ -213,6 +219,7 @@ def follow(mean: ShapesFlow, model: ShapesFlow, decay: float) -> None:
 
 
 def main() -> None:
+    """Train for the budget, keep the best weights by validation, draw the curve, print the summary."""
     options = Options.from_command_line()
     torch.set_num_threads(options.threads)
     with torch.random.fork_rng():                           # initialisers know only the global generator

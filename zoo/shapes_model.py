@@ -92,12 +92,14 @@ class Block(nn.Module):
             nn.init.zeros_(last.weight)                               # both branches start (all but) closed
 
     def attend(self, h: Tensor) -> Tensor:
+        """Self-attention over words and patches together, [B, N, width] -> [B, N, width]."""
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # [B, heads, N, d]
         q, k = (rms_norm(z, z.shape[-1:]) for z in (q, k))            # bounded logits: stable at a high rate,
         q = self.sharpness * q                                        # but sharp enough to pick one word
         return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def mlp(self, h: Tensor) -> Tensor:
+        """down gelu(z + depthwise z), z = up h, over patches in their grid and words in their order; as attend."""
         h = self.up(h)
         words, patches = h.split([LENGTH, self.side**2], 1)
         grid = patches.transpose(1, 2).unflatten(2, (self.side, self.side))
