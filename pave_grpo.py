@@ -14,7 +14,8 @@ Algorithm 1.  Each iteration, with theta_old <- theta:
      with w_1 = 1 and w_k = 1/|S|: nothing new is sampled, nothing new is rewarded.
 
   symbol    name here        shape                 meaning, range
-  x         x_t, x_s, x_0    [P, n, G, *event]     state; P prompts, n stochastic steps, G members
+  x         x_s              [P, n, G, *event]     state; P prompts, n stochastic steps, G members
+            x_t, x_0         as in Rollout         where the step began; what is rewarded
   t, s      t, s             [B], float64          0 <= s < t <= 1: a step goes from t down to s
   v         v                like x                velocity dx/dt = E[x_1 - x_0 | x_t]
   k, S      k, factors       integers >= 2         sub-steps of a decomposition, and the set of them
@@ -26,7 +27,7 @@ Algorithm 1.  Each iteration, with theta_old <- theta:
             advantages                             stochastic step), N = 1 with independent members
 
 Time: t = 1 is noise, t = 0 is data, x_t = (1-t) x_0 + t x_1 (rectified flow).
-A velocity is any callable velocity(x, t, c) -> v with x [B, *event], t [B] and c [B], the integer index of
+A velocity is any callable velocity(x, t, c) -> v with x [B, *event], t [B] like x and c [B], the integer index of
 the prompt a row belongs to. Images, packed latents, video and a point in the plane are all the same to it:
 
     >>> net = torch.nn.Linear(3, 2, dtype=torch.float32)
@@ -40,8 +41,8 @@ the prompt a row belongs to. Images, packed latents, video and a point in the pl
     >>> rollout.x_s.shape, rewards.shape, result.terms[3].ratio_mean
     (torch.Size([1, 3, 16, 2]), torch.Size([1, 3, 16]), 1.0)
 
-Departures from the paper, each an argument: form="matched" scores x_s under a density centred on the one that
-produced it (E7); term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero.
+Departures from the paper: form="matched" scores x_s under a density centred on the one that produced it (E7);
+term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero, not rounding noise over eps.
 The released code has no clip and no KL and averages log-probabilities over dimensions ("mean", our default;
 "sum" is the true density, E10). A sum over T steps in the paper is a mean over the n stochastic ones here.
 Statements named E1, E2, ... are listed in README.md.
@@ -67,7 +68,12 @@ def per_row(w: Tensor, x: Tensor) -> Tensor:
 
 
 def evaluate(velocity: Velocity, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """v(x, t, c) in the dtype of the state, whatever the model computes in. Raises ValueError on a wrong shape."""
+    """v(x, t, c) in the dtype of the state, whatever the model computes in.
+
+    Raises ValueError for a wrong shape, and for a state below float32: a sampler in half precision is another sampler.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x of dtype {x.dtype}: the state must be float32 or float64, whatever the model computes in")
     v = velocity(x, t.to(x.dtype), c)
     if v.shape != x.shape:
         raise ValueError(f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x.shape)}: must be equal")
@@ -216,15 +222,15 @@ class Process:
     def stochastic_steps(self, sde_steps: Sequence[int] | None = None) -> tuple[int, ...]:
         """The steps i (from t_i to t_{i+1}) that are stochastic: those named, or None for all with a density.
 
-        Raises ValueError for a step outside 0..T-1, named twice, or without a density (cps ending at s = 0).
+        Raises ValueError for a step outside 0..T-1, out of order, or without a density (cps ending at s = 0).
         """
         std = self.coefficients(self.grid[:-1], self.grid[1:]).std
         if sde_steps is None:
             return tuple(torch.nonzero(std > 0).flatten().tolist())
-        steps = tuple(sorted(sde_steps))
-        if not steps or any(type(i) is not int for i in steps) or len(set(steps)) < len(steps) \
+        steps = tuple(sde_steps)  # noise and term_weights come in their order
+        if not steps or any(type(i) is not int for i in steps) or any(i >= j for i, j in pairwise(steps)) \
                 or not 0 <= steps[0] <= steps[-1] < len(std):
-            raise ValueError(f"sde_steps={list(sde_steps)}: must be distinct integers from 0 to {len(std) - 1}")
+            raise ValueError(f"sde_steps={list(sde_steps)}: must be increasing integers from 0 to {len(std) - 1}")
         for i in steps:
             if not std[i] > 0:
                 raise ValueError(f"sde_steps={list(sde_steps)}: step {i} ends at t = {self.grid[i + 1].item():g}, "
@@ -408,7 +414,8 @@ def group_advantages(rewards: Tensor, ddof: int = 1, eps: float = 1e-8, clamp: f
 
     The released defaults: ddof 1, eps 1e-8, clamp 5, which cannot act for G <= 26 since |A| <= (G-1)/sqrt(G); where
     it does act, sum A = 0 and with it E2 are lost. A group of equal rewards gets exact zeros, not rounding noise
-    over eps; it stays in every mean. Float32 or better. Raises ValueError for a reward that is not finite.
+    over eps; it stays in every mean. The result is float32, or float64 if the rewards are. Raises ValueError for a
+    reward that is not finite.
     """
     G = rewards.shape[-1]
     if G < 2 or ddof not in (0, 1) or not eps >= 0 or not (clamp is None or clamp > 0):
@@ -434,6 +441,7 @@ class Old(NamedTuple):
     log_probs: dict[int, Tensor]  # of x_s under what was scored, [P, n, G]
     form: str
     reduction: str
+    rollout: Rollout  # what they were computed for
     sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|, in the loss's reduction
 
 
@@ -491,12 +499,22 @@ def check_loss(rollout: Rollout, advantages: Tensor, form: str, clip: float | No
     if term_weights is not None and set(term_weights) != set(ks):
         raise ValueError(f"term_weights for k = {sorted(term_weights)}: must name exactly k = {list(ks)}")
     for k, weight in (term_weights or {}).items():
-        if isinstance(weight, Tensor) and weight.shape not in [(), (n,)]:
-            raise ValueError(f"term_weights[{k}] of shape {tuple(weight.shape)}: must be a number or [{n}]")
+        if (shape := torch.as_tensor(weight).shape) not in [(), (n,)]:
+            raise ValueError(f"term_weights[{k}] of shape {tuple(shape)}: must be a number or [{n}]")
     if old is not None and (set(old.log_probs) != set(ks) or (old.form, old.reduction) != (form, reduction)
-                            or old.log_probs[1].shape != (P, n, G)):
+                            or old.rollout is not rollout):
         raise ValueError(f"old is of k = {sorted(old.log_probs)}, {old.form!r}, {old.reduction!r}: must be of the same "
                          f"rollout, k = {list(ks)}, {form!r}, {reduction!r}")
+
+
+def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
+    """p^(k) of every observed transition, k = 1 first, in one batch: means [P, n, A, *event], stds [P, n, A]."""
+    process, batch, device = rollout.process, rollout.x_t.shape[:3], rollout.x_t.device
+    ends = (process.grid[[i + j for i in rollout.sde_steps]].to(device) for j in (0, 1))
+    t, s = (end[None, :, None].expand(batch).flatten() for end in ends)
+    c = torch.arange(batch[0], device=device).repeat_interleave(batch[1] * batch[2])
+    transitions = decompose(velocity, process, rollout.x_t.flatten(0, 2), t, s, c, factors)
+    return {k: p.unflatten(batch) for k, p in transitions.items()}
 
 
 def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, factors: Sequence[int] = (2, 3),
@@ -511,6 +529,7 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
     term_weights   {k: w_k}, a number or one per stochastic step [n]; default 1 for k = 1 and 1/|S| for the rest
     reference      velocity of pi_ref; KL = |mu - mu_ref|^2 / (2 c_1^2) of the coarse steps at the observed x_t,
                    reduced as the log-probability is
+    clip           > 0; ratios of "mean" log-probabilities stay close to 1 (E10), and so must a clip that is to act
     old            the result's .old of the first update; None makes this pass theta_old, so every ratio is 1
     advantages     [P, N, G], as group_advantages gives them for the rewards of rollout.x_0
     Raises ValueError, before any evaluation, for arguments that do not fit together. Paper, Algorithm 1.
@@ -519,15 +538,8 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
     check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)
     weights = term_weights or {k: 1.0 if k == 1 else 1 / (len(ks) - 1) for k in ks}
 
-    # Every observed transition, as one batch of rows [P * n * A].
-    process, device = rollout.process, rollout.x_t.device
-    batch, x = rollout.x_t.shape[:3], rollout.x_t.flatten(0, 2)
-    ends = (process.grid[[i + j for i in rollout.sde_steps]].to(device) for j in (0, 1))
-    t, s = (end[None, :, None].expand(batch).flatten() for end in ends)
-    c = torch.arange(batch[0], device=device).repeat_interleave(batch[1] * batch[2])
-
     # p^(k) for every k; one mean per x_t, broadcast over the members that left it.
-    transitions = {k: p.unflatten(batch) for k, p in decompose(velocity, process, x, t, s, c, factors).items()}
+    transitions = rescore(velocity, rollout, factors)
     means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
     log_probs, terms, J = {}, {}, 0.0
     for k, p in transitions.items():
@@ -536,24 +548,23 @@ def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, fac
         log_probs[k] = p.log_prob(rollout.x_s, reduction)
         log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
         value, ratio, clipped = clipped_surrogate(log_probs[k] - log_prob_old, advantages, clip)
-        weight = torch.as_tensor(weights[k], dtype=value.dtype, device=device).reshape(-1, 1)
+        weight = torch.as_tensor(weights[k], dtype=value.dtype, device=value.device).reshape(-1, 1)
         J = J + (weight * value).mean()
         cut = clipped.sum() / (advantages != 0).expand_as(clipped).sum().clamp(min=1)
         scale = ((transitions[1].std / p.std) ** 2)[0, :, 0]
         terms[k] = Term(*(f.item() for f in (ratio.mean(), ratio.min(), ratio.max(), cut)), scale)
 
-    # KL(pi_theta || pi_ref) of Gaussians with one std.
-    dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
-    divergence = torch.zeros((), dtype=torch.float64, device=device)
+    # KL(pi_theta || pi_ref): of Gaussians with one std, the log-ratio at the mean.
+    divergence = torch.zeros((), dtype=torch.float64, device=rollout.x_t.device)
     if reference is not None:
         with torch.no_grad():
-            mean_ref = process.transition(x, evaluate(reference, x, t, c), t, s).unflatten(batch).mean
-        p = transitions[1]
-        z = ((p.mean - mean_ref) / per_row(p.std, mean_ref)).double()
-        divergence = z.square().flatten(3).sum(-1).mean() / (2 * dims)
+            p_ref = rescore(reference, rollout, ())[1]
+        mu = transitions[1].mean
+        divergence = (transitions[1].log_prob(mu, reduction) - p_ref.log_prob(mu, reduction)).mean()
 
     if old is None:
+        dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
         gap = (rollout.log_prob / dims - log_probs[1].detach()).abs().max().item()
-        old = Old(means_old, {k: log_prob.detach() for k, log_prob in log_probs.items()}, form, reduction, gap)
+        old = Old(means_old, {k: p.detach() for k, p in log_probs.items()}, form, reduction, rollout, gap)
     silent = int((advantages == 0).all(dim=-1).sum())
     return PolicyLoss(kl * divergence - J, terms, divergence.item(), silent, old)

@@ -10,7 +10,8 @@ its decompositions, ascend. Prompts are the unit of work: --prompts-per-iteratio
 prompt comes from one CPU generator seeded by (seed, iteration, prompt index), so that neither the number of ranks nor
 the device changes what is drawn. Held-out prompts are never trained on and are judged with fixed noise.
 
-Departures from the paper's setting: the model, the reward and every size, which are those of a laptop.
+Departures from the paper's setting: the model, the reward and every size, which are those of a laptop; one stochastic
+step, where the gradient is most signal; and layers at pixel resolution stay as they are (--tune), as under LoRA.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def option(default, help, **how):
 class Options:
     """Everything a run depends on. Each field is a flag: prompts_per_iteration is --prompts-per-iteration."""
 
-    iterations: int = option(28, "training iterations; 0 only evaluates")
+    iterations: int = option(40, "training iterations, >= 1")
     prompts_per_iteration: int = option(8, "P, prompts per iteration over all ranks; a multiple of the ranks")
-    group_size: int = option(12, "G, members of a group, >= 2")
+    group_size: int = option(24, "G, members of a group, >= 2")
     steps: int = option(8, "T, steps of the sampling grid")
     shift: float = option(1.0, "shift of the grid; above 1 spends more steps near the noise")
-    sde_steps: tuple[int, ...] = option((0, 1, 2), "stochastic steps, from 0; no number: all that have a density")
-    kernel: str = option("cps", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
+    sde_steps: tuple[int, ...] = option((1,), "stochastic steps, from 0; no number: all that have a density")
+    kernel: str = option("flow_sde", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
     eta: float = option(0.7, "stochasticity of the kernel, > 0")
     rollouts: str = option("shared_anchor", "groups branch from one ODE trajectory, or are G chains of their own",
                            choices=("shared_anchor", "independent"))
@@ -70,15 +71,18 @@ class Options:
     updates: int = option(1, "updates per rollout; with 1 every ratio is 1 and --clip cannot act")
     clip: float = option(1e-4, "clip range of the ratios, > 0; 'mean' ratios stay within about 1e-3 of 1")
     kl: float = option(0.0, "coefficient of the KL to the initial model, >= 0")
-    lr: float = option(1e-4, "learning rate, > 0")
-    warmup: int = option(5, "iterations over which the learning rate rises to --lr, >= 0")
+    tune: str = option("transformer", "what is trained: the transformer, or all, the layers at pixel resolution too",
+                       choices=("transformer", "all"))
+    lr: float = option(2e-4, "learning rate, > 0")
+    warmup: int = option(15, "iterations over which the learning rate rises to --lr, >= 0")
     optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
     weight_decay: float = option(1e-4, "decoupled weight decay of adamw, >= 0")
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down, > 0; inf: never")
     seed: int = option(0, "seed of prompts and noise, >= 0")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = option(0, "CPU threads per rank; 0: torch's own choice")
-    out: str = option("", "folder of the run, new or empty; default: the first free runs/shapes-N")
+    out: str = option("",
+                      "folder to write, new or empty; default: the first free runs/shapes-N, with --sample this one")
     eval_every: int = option(0, "judge the held-out prompts (16 steps) every N iterations; 0: before and after only")
     heldout: int = option(512, "held-out (prompt, noise) pairs to judge: a multiple of 4, the images per prompt")
     evaluate: str = option("", "judge this checkpoint on the held-out prompts, print the result as JSON, and stop",
@@ -117,11 +121,14 @@ def parse(argv: list[str] | None = None) -> Options:
     return o
 
 
+READ = {"evaluate": ("heldout", "device", "threads"), "sample": ("prompt", "out", "seed", "device", "threads")}
+
+
 def check(o: Options) -> None:
     """Everything that can be known to be wrong before any work. Raises ValueError of one line."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     rules = [
-        (o.iterations >= 0, "iterations", "0 or more"),
+        (o.iterations >= 1, "iterations", "1 or more"),
         (o.prompts_per_iteration > 0 and o.prompts_per_iteration % world == 0, "prompts_per_iteration",
          f"a positive multiple of the {world} rank{'s' * (world > 1)}"),
         (o.group_size >= 2, "group_size", "2 or more"),
@@ -138,13 +145,14 @@ def check(o: Options) -> None:
         (o.heldout > 0 and o.heldout % IMAGES_PER_PROMPT == 0, "heldout",
          f"a positive multiple of {IMAGES_PER_PROMPT}"),
         (not o.own_start or o.rollouts == "independent", "own_start", "left out unless --rollouts independent"),
-        (not (o.evaluate and o.sample), "sample", "left out with --evaluate"),
-        (bool(o.prompt) == bool(o.sample), "prompt", "given with --sample, and only then"),
+        (not o.prompt or o.sample, "prompt", "left out without --sample"),
+        (not o.sample or o.prompt, "sample", "given with --prompt"),
+        (o.factors or o.form == "paper", "form", "left out with --factors of no number: there are no k-terms"),
+        (o.optimizer == "adamw" or o.weight_decay == Options.weight_decay, "weight_decay", "left out with sgd"),
         (o.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto"),
         (o.device != "cuda" or torch.cuda.is_available(), "device", "cpu: no CUDA device is available"),
-        (not (o.evaluate and o.out), "out", "left out with --evaluate, which only prints"),
-        (not o.sample or o.out or not Path("samples.png").exists(), "out",
-         "given with --sample where samples.png exists"),
+        (not o.sample or o.out or not Path("samples.png").exists(), "sample",
+         "given with --out where samples.png exists"),
         (not o.sample or world == 1, "sample", "run without torchrun"),
         (not o.out or not Path(o.out).exists() or (Path(o.out).is_dir() and not any(Path(o.out).iterdir())), "out",
          "a new or empty folder"),
@@ -153,6 +161,10 @@ def check(o: Options) -> None:
         if not good:
             value = getattr(o, name)
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    for mode, read in READ.items():
+        unread = [f.name for f in fields(o) if getattr(o, f.name) != f.default and f.name not in {mode, *read}]
+        if getattr(o, mode) and unread:
+            raise ValueError(f"--{unread[0].replace('_', '-')}: must be left out with --{mode}, which does not read it")
     pave.check_factors(o.factors)
     make_process(o).stochastic_steps(o.sde_steps or None)
     for prompt in o.prompt:
@@ -181,6 +193,9 @@ class Ranks:
         """This process's place, its device and threads set up, the process group opened if there are others."""
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = o.device == "cuda" or (o.device == "auto" and torch.cuda.is_available())
+        if cuda and local >= torch.cuda.device_count():
+            sys.exit(f"train.py: error: rank {local} of this node has no GPU: must be {torch.cuda.device_count()} "
+                     f"ranks or fewer")
         device = torch.device(f"cuda:{local}" if cuda else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -206,8 +221,9 @@ class Ranks:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
         if self.world > 1:
             for p in model.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= self.world
+                if p.requires_grad:
+                    dist.all_reduce(p.grad)
+                    p.grad /= self.world
 
 
 # ---- The model as a velocity, the reward, the held-out prompts ---------------------------------------------
@@ -225,8 +241,8 @@ def velocity_of(model: torch.nn.Module, prompts: list[str], device: torch.device
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator of its own stream for every tuple of integers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    """A CPU generator of its own stream for every tuple of integers, of any length (SeedSequence pads with zeros)."""
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
 
@@ -471,7 +487,7 @@ class Run:
                   + "; by family at 16: " + ", ".join(f"{name} {f:.2f}" for name, f in result["family"].items())
                   + f"; diversity {result['diversity']:.3f}")
 
-    def save(self, model, iterations: int, interrupted: bool) -> None:
+    def save(self, model, iterations: int) -> None:
         """Write checkpoint.safetensors, curve.png and summary.json as of now."""
         if self.ranks.rank > 0:
             return
@@ -481,7 +497,8 @@ class Run:
         cuda = self.ranks.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {"seconds": round(time.perf_counter() - self.began, 1), "iterations": iterations,
-                         "interrupted": interrupted, "seed": self.o.seed, "device": where, "ranks": self.ranks.world,
+                         "interrupted": iterations < self.o.iterations, "seed": self.o.seed, "device": where,
+                         "ranks": self.ranks.world,
                          "versions": versions, "command": shlex.join(["python", *sys.argv])}
         (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
 
@@ -492,8 +509,11 @@ def train(o: Options, ranks: Ranks) -> None:
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     model = shapes_model.load(device=ranks.device)
     reference = copy.deepcopy(model).requires_grad_(False) if o.kl else None
-    optimizer = (torch.optim.SGD(model.parameters(), o.lr) if o.optimizer == "sgd"
-                 else torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay))
+    for name, p in model.named_parameters():
+        p.requires_grad_(o.tune == "all" or name.split(".")[0] not in shapes_model.PIXEL_LAYERS)
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = (torch.optim.SGD(tuned, o.lr) if o.optimizer == "sgd"
+                 else torch.optim.AdamW(tuned, o.lr, weight_decay=o.weight_decay))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / (o.warmup + 1)))
 
     columns = {"before": draw_shown(model, ranks.device)}
@@ -510,17 +530,19 @@ def train(o: Options, ranks: Ranks) -> None:
         rate.step()
         bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
                          "clipped": f"{metrics['clip_fraction_1']:.2f}"})
-        if o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations:
+        evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
+        if evaluated:
             line["heldout_right"] = judge_heldout(model, o.heldout, (16,), ranks)["right"]["16"]
-            run.picture(columns | {f"after {iteration} iterations": draw_shown(model, ranks.device)})
-            run.save(model, done, interrupted=False)
         run.log(line)
+        if evaluated:
+            run.picture(columns | {f"after {iteration} iterations": draw_shown(model, ranks.device)})
+            run.save(model, done)
     interrupted = done < o.iterations
     run.picture(columns | {f"after {done} iterations": draw_shown(model, ranks.device)})
     if not interrupted:
         run.judge(model, "after")
         run.log({"iteration": done, "heldout_right": run.summary["heldout"]["after"]["16"]})
-    run.save(model, done, interrupted)
+    run.save(model, done)
     if ranks.rank == 0:
         print(f"{'interrupted' if interrupted else 'finished'} after {done} iterations and "
               f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")

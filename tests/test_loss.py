@@ -577,7 +577,7 @@ def test_groups_without_signal_are_counted_and_kept(mode):
     assert all(term.clip_fraction == 0 for term in silent.terms.values())
 
 
-OLD = pg.Old({}, dict.fromkeys((1, 2, 3), torch.zeros(2, 1, 4)), "paper", "mean", 0.0)
+OLD = pg.Old({}, dict.fromkeys((1, 2, 3), torch.zeros(2, 1, 4)), "paper", "mean", None, 0.0)
 BAD = [
     (dict(advantages=torch.zeros(2, 4)), "advantages of shape (2, 4): must be (2, 1, 4)"),
     (dict(advantages=torch.zeros(2, 2, 4)), "advantages of shape (2, 2, 4): must be (2, 1, 4)"),
@@ -590,7 +590,8 @@ BAD = [
     (dict(old=OLD._replace(log_probs={1: torch.zeros(2, 1, 4), 2: 0})), "old is of k = [1, 2], 'paper', 'mean'"),
     (dict(old=OLD._replace(form="matched")), "old is of k = [1, 2, 3], 'matched', 'mean'"),
     (dict(old=OLD._replace(reduction="sum")), "old is of k = [1, 2, 3], 'paper', 'sum'"),
-    (dict(old=OLD._replace(log_probs=dict.fromkeys((1, 2, 3), torch.zeros(2, 3, 4)))), "old is of k = [1, 2, 3]"),
+    (dict(old=OLD), "old is of k = [1, 2, 3], 'paper', 'mean': must be of the same rollout"),
+    (dict(term_weights={k: [1.0] * 3 for k in (1, 2, 3)}), "term_weights[1] of shape (3,)"),
     (dict(term_weights=dict.fromkeys((1, 2, 3), torch.ones(3))), "term_weights"),
 ]  # fmt: skip
 

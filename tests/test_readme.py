@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pave_grpo
-from zoo import shapes_model
+from zoo import shapes_model, vectors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,6 +34,13 @@ def shortened(command: str) -> list[str]:
         return [sys.executable, *words[1:], "--dry-run"]
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     words[script] = str(ROOT / words[script])
+    if words[script].endswith("planted_bugs.py"):
+        return [sys.executable, *words[1:2], "no half"]
+    if words[script].endswith("verify_equivalence.py"):
+        alone = {"--against", "--vectors", "--check-vectors"} & set(words)
+        claims = ["E2"] if "--model" in words else ["E5"]
+        return [sys.executable, *words[1:], *([] if alone or "--claims" in words
+                                              else ["--claims", *claims, "--factors", "2"])]
     given = {w for w in words if w.startswith("--")}
     if given & {"--dry-run", "--sample"}:
         return [sys.executable, *words[1:]]
@@ -63,6 +70,10 @@ def test_the_commands_of_the_readme_run(command, tmp_path):
         lines = (ROOT / "requirements.txt").read_text().splitlines()
         assert all(re.fullmatch(r"[a-z_-]+==[0-9.]+", line) for line in lines), "requirements are pinned"
         return
+    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S):
+        (tmp_path / name).write_text(text)
+    if "--check-vectors" in command:
+        vectors.write(tmp_path / "vectors")
     if "cuda" in command and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     result = subprocess.run(shortened(command), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -80,8 +80,8 @@ def test_one_rank_and_two_ranks_take_the_same_step():
     Each rank sees half the prompts, so matrix products are split otherwise: float32 sums of some 1e3 terms, relative
     error about 1e-5 of the gradient's norm, and a bound ten times that. Forgetting to average is an error of 1.
     """
-    flags = [*SHORT, "--iterations", "2", "--optimizer", "sgd", "--lr", "0.1", "--max-grad-norm", "inf",
-             "--device", "cpu", "--threads", "1"]
+    flags = [*SHORT, "--iterations", "2", "--optimizer", "sgd", "--lr", "0.1", "--warmup", "0",
+             "--max-grad-norm", "inf", "--device", "cpu", "--threads", "1"]
     train.main([*flags, "--out", "one"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*torchrun, str(ROOT / "train.py"), *flags, "--out", "two"], check=True, timeout=240)
@@ -94,6 +94,27 @@ def test_one_rank_and_two_ranks_take_the_same_step():
         assert one["reward"] == pytest.approx(two["reward"], abs=1e-6)
         assert one["grad_norm"] > 0 or one["silent_groups"] == 1
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_only_what_is_tuned_moves():
+    """--tune transformer leaves the layers at pixel resolution as they are, bit for bit; --tune all moves them too."""
+    start = shapes_model.load().state_dict()
+    modules = {name for name, _ in shapes_model.load().named_children()}
+    assert set(shapes_model.PIXEL_LAYERS) < modules
+    for tune in ("transformer", "all"):
+        train.main([*SHORT, "--iterations", "1", "--tune", tune, "--out", tune])
+        moved = {name.split(".")[0] for name, w in load_file(f"{tune}/checkpoint.safetensors").items()
+                 if not torch.equal(w, start[name])}
+        assert moved & set(shapes_model.PIXEL_LAYERS) == (set() if tune == "transformer"
+                                                          else set(shapes_model.PIXEL_LAYERS))
+        assert "blocks" in moved
+
+
+def test_every_key_has_a_stream_of_its_own():
+    """Keys of other lengths or with zeros at their end are other streams: training never draws held-out noise."""
+    keys = [(0,), (0, 0), (0, 0, 0), (0, 1), (0, 1, 0), (1,), (1, 0), (1, 0, 0), (1, 1, 0), (0, 1, 1)]
+    first = {torch.randn(4, generator=train.generator_of(*key)).sum().item() for key in keys}
+    assert len(first) == len(keys)
 
 
 def test_ctrl_c_keeps_what_is_there(monkeypatch):
@@ -122,7 +143,11 @@ BAD = {  # the command line, and what the one line must name
     "--kl -0.1": "--kl -0.1", "--seed -1": "--seed -1", "--device tpu": "--device tpu", "--iterations x": "'x'",
     "--max-grad-norm 0": "--max-grad-norm 0", "--threads -1": "--threads -1", "--eval-every -1": "--eval-every -1",
     "--warmup -1": "--warmup -1", "--weight-decay -1": "--weight-decay -1", "--iterations -1": "--iterations -1",
-    "--iter 3": "--iter", "--device cuda:9": "--device cuda:9", "--evaluate x --out y": "--out y",
+    "--iterations 0": "--iterations 0", "--dry-run --evaluate x": "--dry-run",
+       "--sample x --prompt y --kernel dance": "--kernel",
+    "--optimizer sgd --weight-decay 0.1": "--weight-decay 0.1", "--factors --form matched": "--form matched",
+    "--sde-steps 2 1": "sde_steps=[2, 1]", "--tune head": "--tune", "--sample x": "--sample x", "--iter 3": "--iter",
+       "--device cuda:9": "--device cuda:9", "--evaluate x --out y": "--out",
 }
 
 

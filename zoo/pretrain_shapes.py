@@ -76,7 +76,7 @@ class Options:
             parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
         options = cls(**vars(parser.parse_args()))
         for name in ("steps", "batch", "lr", "threads", "validate_every", "pairs"):
-            if getattr(options, name) <= 0:
+            if not 0 < getattr(options, name) < float("inf"):
                 parser.error(f"{name} is {getattr(options, name)}; it must be above zero")
         if not (0 <= options.drop <= 1 and 0 <= options.ema < 1 and options.seed >= 0):
             parser.error(f"drop {options.drop}, ema {options.ema}, seed {options.seed}; "

@@ -32,6 +32,7 @@ from zoo.shapes import SIZE
 CHECKPOINT = Path(__file__).with_name("shapes.safetensors")
 FORMAT = "pave-grpo/shapes/1"
 T_FLOOR = 0.05
+PIXEL_LAYERS = ("stem", "patches", "pixels", "head")  # modules between pixels and tokens; the rest is the transformer
 
 WORDS = ("", "a", "two", "three", "red", "green", "blue", "yellow", "circle", "square", "triangle", "circles",
          "squares", "triangles", "and", "left", "right", "of", "above", "below")      # number 0, "", pads
@@ -170,7 +171,8 @@ def save(model: ShapesFlow, path: str | Path, metadata: dict[str, str] | None = 
 def load(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> ShapesFlow:
     """The model of a checkpoint that `save` wrote: float32, evaluation mode, on `device`."""
     if not Path(path).is_file():
-        raise ValueError(f"path {str(path)!r} is no file; to make it, run: python -m zoo.pretrain_shapes")
+        how = "; to make it, run: python -m zoo.pretrain_shapes" if Path(path) == CHECKPOINT else ""
+        raise ValueError(f"path {str(path)!r} is no file{how}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -179,6 +181,9 @@ def load(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> S
         raise ValueError(f"path {str(path)!r} is no safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"path {str(path)!r} has format {metadata.get('format')!r}; it must be {FORMAT!r}")
-    model = ShapesFlow(Config(**json.loads(metadata["config"])))
-    model.load_state_dict(weights)
+    try:
+        model = ShapesFlow(Config(**json.loads(metadata["config"])))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"path {str(path)!r} does not hold this model ({str(error).splitlines()[0]})") from None
     return model.to(device).eval()
