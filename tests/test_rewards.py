@@ -1,0 +1,164 @@
+"""Rewards as dual encoders: preprocessing against PIL's, the key map against open_clip's arithmetic written out."""
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from zoo import rewards
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "hidden_act": "gelu"}
+PROMPTS = ["red", "a square", "two dogs"]
+
+
+def pictures(seed, height, width, n=3):
+    """Smooth pictures with edges, in 8 bits."""
+    x = torch.rand(n, 3, 9, 7, generator=torch.Generator().manual_seed(seed))
+    x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic").clamp(0, 1)
+    x[:, :, : height // 3, : width // 2] = 1 - x[:, :, : height // 3, : width // 2]
+    return (255 * x).round() / 255
+
+
+def as_pil(x):
+    return [Image.fromarray((255 * p).round().byte().permute(1, 2, 0).numpy()) for p in x]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny CLIPModel with its tokenizer, saved as a folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = pipelines.clip_tokenizer(folder / "words")
+    text = {**SMALL, "vocab_size": len(words), "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id,
+            "pad_token_id": words.pad_token_id, "max_position_embeddings": 20}
+    vision = {**SMALL, "image_size": 28, "patch_size": 14}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2) if p.ndim else None
+    model.save_pretrained(folder / "clip", safe_serialization=True)
+    words.save_pretrained(folder / "clip")
+    return folder / "clip", model, words
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (50, 171), (28, 28), (20, 30)])
+def test_preprocessing_is_that_of_the_reference_processor(height, width):
+    """Within 2/255 of CLIP's own processor on PIL pictures: both round to 8 bits after each of two passes."""
+    x = pictures(1, height, width)
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    wanted = processor(as_pil(x), return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (rewards.MEAN, rewards.STD))
+    ours = rewards.shortest_side(x, 28)
+    assert (ours - (wanted * std + mean)).abs().max() <= 2.01 / 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (50, 171), (20, 30)])
+def test_hps_preprocessing_is_that_of_pil(height, width):
+    """Longest side, bicubic, centred on black, within 2/255 of PIL."""
+    x = pictures(2, height, width)
+    ours, side = rewards.longest_side(x, 28), 28
+    for picture, ours_one in zip(as_pil(x), ours, strict=True):
+        w, h = (round(z * side / max(height, width)) for z in (width, height))
+        canvas = Image.new("RGB", (side, side))
+        canvas.paste(picture.resize((w, h), Image.BICUBIC), ((side - w) // 2, (side - h) // 2))
+        wanted = torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
+        assert (ours_one - wanted).abs().max() <= 2.01 / 255
+
+
+def test_clip_is_the_models_own_logits(encoder):
+    """exp(logit_scale) cosine, as CLIPModel gives it on its processor's pictures; rows belong to their prompts."""
+    folder, model, words = encoder
+    x = pictures(3, 28, 28)  # no resizing: the same pixels
+    reward = rewards.clip(str(folder))
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+                              words)
+    given = processor(text=PROMPTS, images=as_pil(x), return_tensors="pt", padding="max_length", max_length=20)
+    with torch.no_grad():
+        wanted = model(**given).logits_per_image.diagonal()
+    got = reward(x, PROMPTS)
+    assert got.shape == (3,) and got.dtype == torch.float32 and (got - wanted).abs().max() <= 1e-4
+    assert (reward(x[:1], PROMPTS[:1]) - got[0]).abs() <= 1e-5
+    assert (reward(x.flip(0), PROMPTS) - got).abs().max() > 1e-3
+    assert not any(p.requires_grad for p in reward.model.parameters())
+
+
+def open_clip_forward(w, pixels, tokens, heads=4):
+    """open_clip's ViT and text transformer, written out."""
+    def block(x, prefix, causal):
+        h = layer_norm(x, x.shape[-1:], w[f"{prefix}ln_1.weight"], w[f"{prefix}ln_1.bias"])
+        q, k, v = (h @ w[f"{prefix}attn.in_proj_weight"].T + w[f"{prefix}attn.in_proj_bias"]).chunk(3, -1)
+        q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
+        h = scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+        x = x + h @ w[f"{prefix}attn.out_proj.weight"].T + w[f"{prefix}attn.out_proj.bias"]
+        h = layer_norm(x, x.shape[-1:], w[f"{prefix}ln_2.weight"], w[f"{prefix}ln_2.bias"])
+        h = gelu(h @ w[f"{prefix}mlp.c_fc.weight"].T + w[f"{prefix}mlp.c_fc.bias"])
+        return x + h @ w[f"{prefix}mlp.c_proj.weight"].T + w[f"{prefix}mlp.c_proj.bias"]
+
+    def norm(x, name):
+        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    x = torch.nn.functional.conv2d(pixels, w["visual.conv1.weight"], stride=14).flatten(2).transpose(1, 2)
+    x = torch.cat([w["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + w["visual.positional_embedding"]
+    x = norm(x, "visual.ln_pre")
+    for i in range(2):
+        x = block(x, f"visual.transformer.resblocks.{i}.", False)
+    image = norm(x[:, 0], "visual.ln_post") @ w["visual.proj"]
+    y = w["token_embedding.weight"][tokens] + w["positional_embedding"][: tokens.shape[1]]
+    for i in range(2):
+        y = block(y, f"transformer.resblocks.{i}.", True)
+    last = norm(y, "ln_final")[torch.arange(len(y)), tokens.argmax(-1)]  # the end token has the largest number
+    return (normalize(image, dim=-1) * normalize(last @ w["text_projection"], dim=-1)).sum(-1)
+
+
+def random_open_clip(vocabulary):
+    """A random state dict with open_clip's names."""
+    g = torch.Generator().manual_seed(4)
+    draw = lambda *shape: 0.2 * torch.randn(*shape, generator=g)
+    w = {"logit_scale": torch.tensor(2.0), "positional_embedding": draw(20, 32),
+         "token_embedding.weight": draw(vocabulary, 32),
+         "text_projection": draw(32, 16), "visual.proj": draw(32, 16), "visual.class_embedding": draw(32),
+         "visual.conv1.weight": draw(32, 3, 14, 14), "visual.positional_embedding": draw(5, 32)}
+    for name in ("ln_final", "visual.ln_pre", "visual.ln_post"):
+        w |= {f"{name}.weight": 1 + draw(32), f"{name}.bias": draw(32)}
+    for tower in ("", "visual."):
+        for i in range(2):
+            at = f"{tower}transformer.resblocks.{i}."
+            w |= {f"{at}attn.in_proj_weight": draw(96, 32), f"{at}attn.in_proj_bias": draw(96)}
+            for name, shape in (("ln_1", (32,)), ("ln_2", (32,)), ("attn.out_proj", (32, 32)), ("mlp.c_fc", (48, 32)),
+                                ("mlp.c_proj", (32, 48))):
+                w |= {f"{at}{name}.weight": draw(*shape) + (len(shape) == 1), f"{at}{name}.bias": draw(shape[0])}
+    return w
+
+
+def test_hpsv2_from_an_open_clip_state_dict(encoder, tmp_path, monkeypatch):
+    """The key map, the transposes, the end token and the missing scale, against open_clip's arithmetic."""
+    folder, model, words = encoder
+    w = random_open_clip(len(words))
+    torch.save({"epoch": 1, "state_dict": w}, tmp_path / "hps.pt")
+    config = model.config.to_dict()
+    monkeypatch.setattr(rewards, "VIT_H_14", {k: config[k] for k in ("projection_dim", "text_config", "vision_config")})
+    reward = rewards.hpsv2(str(tmp_path / "hps.pt"), str(folder))
+    x = pictures(5, 28, 28)
+    tokens = words(PROMPTS, padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
+    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (rewards.MEAN, rewards.STD))
+    wanted = open_clip_forward(w, (x - mean) / std, tokens)
+    assert (reward(x, PROMPTS) - wanted).abs().max() <= 1e-5 and wanted.std() > 1e-3
+
+
+def test_what_is_no_reward_is_refused(encoder, tmp_path):
+    """A pickle with code, an unknown weight, a wrong shape, a score that is no number: one line each."""
+    folder = encoder[0]
+    with pytest.raises(ValueError, match=r"weight 'visual\.stem\.weight': is none of an open_clip ViT's"):
+        rewards.from_open_clip({"visual.stem.weight": torch.zeros(1)})
+    torch.save({"state_dict": {"x": print}}, tmp_path / "code.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        rewards.state_dict(str(tmp_path / "code.pt"))
+    reward = rewards.clip(str(folder))
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
+        reward(pictures(6, 28, 28), PROMPTS[:2])
+    with pytest.raises(ValueError, match="reward of prompt 'red' is nan"):
+        reward(pictures(6, 28, 28) * float("nan"), PROMPTS)
