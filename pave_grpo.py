@@ -318,7 +318,6 @@ class Rollout(NamedTuple):
     log_prob: Tensor  # [P, n, G], log p_old(x_s | x_t) stored while sampling, summed over dimensions
     x_0: Tensor  # [P, N, G, *event], to be rewarded; N = n (shared anchor) or 1 (independent)
     anchor_x_0: Tensor | None  # [P, *event], the ODE's own sample, if it was asked for
-    evaluations: int  # rows of velocity evaluated
 
 
 def sde_step(velocity: Velocity, process: Process, x: Tensor, i: int) -> tuple[Tensor, Transition]:
@@ -361,7 +360,7 @@ def rollout_independent(velocity: Velocity, process: Process, noise: Noise,
         else:
             x = x - (t - s) * v
     x_t, x_s, log_prob = (torch.stack(column, dim=1) for column in zip(*observed, strict=True))
-    return Rollout(process, steps, x_t, x_s, log_prob, x.unsqueeze(1), None, P * G * (len(process.grid) - 1))
+    return Rollout(process, steps, x_t, x_s, log_prob, x.unsqueeze(1), None)
 
 
 @torch.no_grad()
@@ -377,11 +376,10 @@ def rollout_shared_anchor(velocity: Velocity, process: Process, noise: Noise,
     (P, n, G), event = noise.steps.shape[:3], noise.steps.shape[3:]
     check_noise(noise, steps, starts=(1,))
     anchor, branches = noise.start, noise.start.new_empty(P, 0, *event)  # [P, 1, ...], [P, branched so far * G, ...]
-    observed, evaluations = [], 0
+    observed = []
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
         x = torch.cat([anchor, branches], dim=1)
         v, p = sde_step(velocity, process, x, i)
-        evaluations += P * x.shape[1]
         moved = x - (t - s) * v  # ODE step of every row
         alive = anchor.shape[1]
         anchor, branches = moved[:, :alive], moved[:, alive:]
@@ -394,7 +392,7 @@ def rollout_shared_anchor(velocity: Velocity, process: Process, noise: Noise,
             anchor = anchor[:, :0]
     x_t, x_s, log_prob = (torch.stack(column, dim=1) for column in zip(*observed, strict=True))
     anchor_x_0 = anchor.squeeze(1) if finish_anchor else None
-    return Rollout(process, steps, x_t, x_s, log_prob, branches.unflatten(1, (n, G)), anchor_x_0, evaluations)
+    return Rollout(process, steps, x_t, x_s, log_prob, branches.unflatten(1, (n, G)), anchor_x_0)
 
 
 @torch.no_grad()

@@ -157,11 +157,15 @@ class Scene(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A checkpoint to compare on, the prompts to ask it, and the dtype it computes in."""
+    """A checkpoint of train.py, or a pipeline with its pictures' size, the prompts to ask, the dtype to compute in."""
 
     path: str
     prompts: tuple[str, ...]
     dtype: torch.dtype
+    size: tuple[int, int] | None = None
+
+    def fixture(self) -> fields.Fixture:
+        return fields.piped(*self) if self.size else fields.pictured(*self[:3])
 
 
 class Bench:
@@ -171,7 +175,7 @@ class Bench:
                  device: str = "cpu", model: Model | None = None):
         self.kernels, self.factors, self.seed, self.model = tuple(kernels), tuple(factors), seed, model
         self.device = torch.device(device)
-        self.dtype = torch.float32 if model and model.dtype != torch.float64 else torch.float64
+        self.dtype = torch.float32 if model and (model.size or model.dtype != torch.float64) else torch.float64
         self.eps = torch.finfo(self.dtype).eps
         self.net_eps = torch.finfo(model.dtype).eps if model else self.eps  # of what a network returns
         self.fixture, self.scene = functools.cache(self._fixture), functools.cache(self._scene)
@@ -184,8 +188,7 @@ class Bench:
         return torch.randn(*shape, generator=self.generator(of), dtype=self.dtype).to(self.device)
 
     def _fixture(self, name: str) -> fields.Fixture:
-        made = (fields.pictured(*self.model) if name == "embedded" and self.model
-                else fields.make(name, self.generator("fixture", name)))
+        made = self.model.fixture() if self.model else fields.make(name, self.generator("fixture", name))
         return made._replace(field=made.field.to(self.device))
 
     def _scene(self, name: str, kernel: str, mode: str, clamp: float | None = None) -> Scene:
@@ -825,7 +828,7 @@ def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
     |grad_k|/|grad_1| in the paper's form; cosine of the two. member, group: cosine of the credit vectors, mean over
     members and least over groups. share [(time, share)]: the part of the k-term's gradient that passes through its
     velocity at that time, projected on the whole; shares add up to 1. off: how far mu^(k) is from that of the same
-    model in float64, over c_k, root mean square.
+    model in float64 (a pipeline: in float32), over c_k, root mean square.
     """
     fixture, P, G = bench.fixture("embedded"), 2, 12
     field, process = fixture.field, pave.Process(pave.schedule(steps), kernel, ETA)
@@ -835,11 +838,14 @@ def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
     rollout = pave.rollout_shared_anchor(field, process, noise, stochastic)
     prompts = bench.model.prompts if bench.model else fields.PROMPTS
     owners = [prompts[p % len(prompts)] for p in range(P) for _ in range(len(stochastic) * G)]
-    score = shapes.judge(shapes_model.to_images(rollout.x_0.flatten(0, 2).float()), owners).score
-    # The smooth reward tells members of equal credit apart, so that no group is silent.
-    score = score.to(rollout.x_0).unflatten(0, rollout.x_0.shape[:3]) + 0.1 * reward(rollout.x_0)
-    advantages, table = pave.group_advantages(score), []
-    precise = fields.copy.deepcopy(field).double() if bench.dtype != torch.float64 else field
+    score = reward(rollout.x_0)
+    if not (bench.model and bench.model.size):  # the rule; the smooth reward tells members of equal credit apart
+        rule = shapes.judge(shapes_model.to_images(rollout.x_0.flatten(0, 2).float()), owners).score
+        score = rule.to(score).unflatten(0, score.shape) + 0.1 * score
+    advantages, table, precise = pave.group_advantages(score), [], field
+    if bench.dtype != torch.float64:  # the same weights in higher precision
+        better = torch.float32 if bench.model.size else torch.float64
+        precise = bench.model._replace(dtype=better).fixture().field.to(bench.device)
     alike = lambda a, b, n: nn.functional.cosine_similarity(a.flatten(n), b.flatten(n), dim=-1)
     for j, i in enumerate(tqdm(stochastic, f"comparing, {kernel}", leave=False, file=sys.stderr)):
         one = {name: getattr(rollout, name)[:, j:j + 1] for name in ("x_t", "x_s", "log_prob", "x_0")}
@@ -848,7 +854,8 @@ def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
         credit = lambda p, A=A, x_s=scene.rollout.x_s: A * (x_s - p.mean.detach()) / pave.per_row(p.std, x_s) ** 2
         with torch.no_grad():
             p = pave.rescore(field, scene.rollout, bench.factors)
-            exactly = pave.rescore(precise, scene.rollout._replace(x_t=scene.rollout.x_t.double()), bench.factors)
+            state = scene.rollout.x_t if bench.model and bench.model.size else scene.rollout.x_t.double()
+            exactly = pave.rescore(precise, scene.rollout._replace(x_t=state), bench.factors)
         (t, s), g_1 = process.grid[i:i + 2].tolist(), term_gradient(scene, 1)
         for k in bench.factors:
             g = term_gradient(scene, k)
@@ -1113,7 +1120,7 @@ DRAWN = ("E3", "E7", "E10", "TRUTH", "MARGINAL")  # claims with statistical rows
 READ = {  # what each mode reads, beside its own flag; the report reads the rest
     "against": ("seed",), "vectors": (), "check_vectors": (),
     "vary_seed": ("claims", "kernels", "factors", "seed", "device"),
-    "model": ("claims", "kernels", "factors", "seed", "device", "json", "plots", "prompt", "dtype"),
+    "model": ("claims", "kernels", "factors", "seed", "device", "json", "plots", "prompt", "dtype", "size"),
 }
 
 
@@ -1137,8 +1144,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vectors", metavar="DIR", help="write golden vectors into a new folder")
     add("--check-vectors", metavar="DIR", help="recompute golden vectors and compare")
     add("--model", metavar="CHECKPOINT",
-        help="test and compare on a checkpoint of train.py ('embedded': the one shipped)")
+        help="test and compare on a checkpoint of train.py ('embedded': the one shipped), or on "
+        "an SD3 or FLUX pipeline, a folder or hub id")
     add("--prompt", nargs="+", metavar="TEXT", help=f"with --model: the prompts (default: {', '.join(fields.PROMPTS)})")
+    add("--size", nargs=2, type=int, metavar=("H", "W"), help="with --model of a pipeline: pixels (default: 512 512)")
     add("--dtype", choices=("bfloat16", "float32", "float64"),
         help="with --model: what it computes in (default: float32)")
     o = parser.parse_args(argv)
@@ -1154,7 +1163,8 @@ def check(o: argparse.Namespace) -> None:
     flag = lambda name: f"--{name.replace('_', '-')}"
     given = [name for name, value in vars(o).items() if value is not None]
     mode = next((name for name in READ if name in given), None)
-    unread = [name for name in given if (name not in (mode, *READ[mode]) if mode else name in ("prompt", "dtype"))]
+    unread = [name for name in given if (name not in (mode, *READ[mode]) if mode
+                                         else name in ("prompt", "dtype", "size"))]
     if unread:
         raise ValueError(f"{flag(unread[0])}: must be left out {'with ' + flag(mode) if mode else 'without --model'}")
     tested = o.claims or CLAIMS
@@ -1176,10 +1186,24 @@ def check(o: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}: must "
                              f"be {wanted}")
     pave.check_factors(o.factors or ())
+    if o.model and is_pipeline(o.model):
+        if o.dtype == "float64":
+            raise ValueError("--dtype float64: must be float32 or bfloat16 with a pipeline")
+        if Path(o.model).is_dir() and not (Path(o.model) / "model_index.json").is_file():
+            raise ValueError(f"--model {o.model}: must be a checkpoint of train.py, a pipeline's folder or a hub id")
+        return
+    if o.size:
+        raise ValueError("--size: must be left out for a checkpoint of train.py, whose pictures have one size")
     for prompt in o.prompt or ():
         shapes.parse(prompt)
     if o.model and o.model != "embedded":
         shapes_model.load(o.model)
+
+
+def is_pipeline(model: str) -> bool:
+    """A folder, or a hub id OWNER/NAME; anything else is a checkpoint's file."""
+    path = Path(model)
+    return path.is_dir() or (model != "embedded" and not path.exists() and not path.suffix and len(path.parts) == 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1189,8 +1213,9 @@ def main(argv: list[str] | None = None) -> int:
         return judging.main(o.against, o.seed)
     if o.vectors or o.check_vectors:
         return vectors.main(o.vectors, o.check_vectors)
+    size = tuple(o.size or (512, 512)) if o.model and is_pipeline(o.model) else None
     model = Model("" if o.model == "embedded" else o.model, tuple(o.prompt or fields.PROMPTS),
-                  getattr(torch, o.dtype or "float32")) if o.model else None
+                  getattr(torch, o.dtype or "float32"), size) if o.model else None
     bench = Bench(o.kernels or KERNELS, sorted(o.factors or (2, 3, 5)), o.seed or 0, o.device or "cpu", model)
     names = o.claims or [name for name in CLAIMS if CLAIMS[name].on_model or not model]
     if o.vary_seed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pave_grpo as pg
+import verify_equivalence as oracle
 from zoo import diffusion
 
 PROMPTS = ["two red circles", "a square", "a dog"]
@@ -125,3 +126,17 @@ def test_encoders_can_be_dropped(flows, tmp_path):
     with torch.no_grad():
         v = flow.velocity(texts, 32, 32, 3.5)(x, torch.tensor([0.5]), torch.tensor([1]))
     assert v.shape == x.shape and v.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd3", "float32"), ("flux-dev", "bfloat16")])
+def test_the_oracle_takes_a_pipeline(name, dtype, tmp_path, capsys):
+    """--model FOLDER: attribution and the matched form hold on it, and the comparison is printed step by step."""
+    folder = FAMILIES[name](tmp_path)
+    code = oracle.main(["--model", str(folder), "--size", "32", "32", "--dtype", dtype, "--prompt", "a dog", "a square",
+                        "--claims", "E1", "E2", "E7", "--kernels", "flow_sde", "--factors", "2"])
+    assert code == 0, capsys.readouterr().out
+    bench = oracle.Bench(("cps",), (2,), model=oracle.Model(str(folder), ("a dog",), getattr(torch, dtype), (32, 32)))
+    table = oracle.compare(bench, "cps", steps=3)
+    assert [row["step"] for row in table] == [0, 1] and all(row["group"] > 1 - 1e-5 for row in table)
+    assert all(abs(sum(share for _, share in row["share"]) - 1) < 1e-2 for row in table)
+    assert all((row["off"] == 0) == (dtype == "float32") for row in table)

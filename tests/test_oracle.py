@@ -146,7 +146,7 @@ def as_function(module, level):
 
     def loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
         rollout = module.Rollout(module.Process([t, s], kernel, eta), (0,), x_t[None, None], x_s[None, None],
-                                 torch.zeros(1, 1, len(x_t), dtype=torch.float64), x_s[None, None], None, 0)
+                                 torch.zeros(1, 1, len(x_t), dtype=torch.float64), x_s[None, None], None)
         A, options = module.group_advantages(rewards[None, None]), dict(factors=factors, clip=clip)
         old = module.policy_loss(lambda x, t, c: velocity_old(x, t), rollout, A, **options).old
         return module.policy_loss(lambda x, t, c: velocity(x, t), rollout, A, old=old, **options).loss

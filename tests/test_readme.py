@@ -32,6 +32,8 @@ def shortened(command: str) -> list[str]:
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)]
     if words[1:3] == ["-m", "zoo.pretrain_shapes"]:
         return [sys.executable, *words[1:], "--dry-run"]
+    if words[1:3] == ["-m", "zoo.gradient_signal"]:
+        return [sys.executable, *words[1:], "--batches", "2", "--sde-steps", "1"]
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     words[script] = str(ROOT / words[script])
     if words[script].endswith("planted_bugs.py"):

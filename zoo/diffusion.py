@@ -53,7 +53,10 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
     family = family_of(path)
     if family is not None and family not in FAMILIES:
         raise ValueError(f"model {path!r} is a {family}; must be one of {', '.join(FAMILIES)}")
-    pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"model {path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if type(pipe).__name__ not in FAMILIES:
         raise ValueError(f"model {path!r} is a {type(pipe).__name__}; must be one of {', '.join(FAMILIES)}")
     for module in pipe.components.values():

@@ -5,7 +5,7 @@
     gaussian   v = E[x_1 - x_0 | x_t], x_0 ~ N(m, q)   affine in x; its samplers have a law in closed form
     network    v = tanh([x, t, c] W_1) W_2             curved in x and t, mildly
     rapid      the same, with its clock RAPID times faster: what a decomposition finds hardest
-    embedded   the shapes model (zoo/shapes_model.py), in float64 unless told otherwise
+    embedded   the shapes model (zoo/shapes_model.py), in float64 unless told otherwise; or the model of --model
 
 Each is a torch module called as velocity(x, t, c); its parameters are the theta that gradients are taken for.
 """
@@ -111,6 +111,32 @@ def pictured(path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtyp
     for prompt in prompts:
         shapes.parse(prompt)
     return Fixture("embedded", Pictured(model, prompts), (3, shapes.SIZE, shapes.SIZE))
+
+
+class Piped(nn.Module):
+    """The velocity of an SD3 or FLUX pipeline (zoo/diffusion.py), prompt c modulo their number; theta is its transformer's.
+
+    Guidance is FLUX's usual 3.5 where the model takes it, and none elsewhere.
+    """
+
+    def __init__(self, path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]):
+        super().__init__()
+        from zoo import diffusion  # diffusers takes seconds to import
+
+        flow = diffusion.load(path, dtype)
+        self.shape, self.prompts = flow.shape(*size), len(prompts)
+        self.network = flow.transformer.requires_grad_(True)
+        guidance = 3.5 if flow.is_flux and self.network.config.guidance_embeds else 0.0
+        self.velocity = flow.velocity(flow.encode(prompts), *size, guidance)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return self.velocity(x.float(), t.float(), c % self.prompts)
+
+
+def piped(path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]) -> Fixture:
+    """A pipeline's folder or hub id as a fixture. ValueError for another family or a size that does not divide."""
+    field = Piped(path, prompts, dtype, size)
+    return Fixture("embedded", field, field.shape)
 
 
 def make(name: str, generator: torch.Generator) -> Fixture:

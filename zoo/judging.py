@@ -282,7 +282,7 @@ def judge_loss(function: Callable, generator: torch.Generator) -> Judgement:
         for kernel, factors, start in chosen:
             x_t, x_s = starts[start][None, None], observed(kernel, start)[None, None]
             rollout = module.Rollout(module.Process([t, s], kernel, eta), (0,), x_t, x_s,
-                                     torch.zeros(1, 1, G, dtype=torch.float64), x_s, None, 0)
+                                     torch.zeros(1, 1, G, dtype=torch.float64), x_s, None)
             A = module.group_advantages(rewards[None, None], ddof, eps, clamp)
             options = dict(factors=factors, form=form, clip=clip, reduction=reduction)
             with torch.no_grad():

@@ -6,9 +6,9 @@
     hpsv2       HPSv2.1, an open_clip state dict           cosine(image, prompt), longest side 224 on black
 
 All three are dual encoders run by transformers' CLIPModel. Preprocessing is done in torch, on the model's device, and
-repeats what PIL does to 8-bit pictures: bicubic, width first, rounded to 1/255 after each pass, which leaves differences
-of up to 2/255. Any other function with the signature above is a reward too. Correctness is shown on random weights of the architecture (tests/
-test_rewards.py); no score of a released checkpoint is claimed.
+repeats what PIL does to 8-bit pictures: bicubic, width first, rounded to 1/255 after each pass; it differs from PIL's
+by up to 2/255. Any other function with the signature above is a reward too. Correctness is shown on random weights of
+the architecture (tests/test_rewards.py); no score of a released checkpoint is claimed.
 """
 
 from __future__ import annotations
