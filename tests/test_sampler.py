@@ -244,7 +244,7 @@ def test_shared_anchor_cost(steps, finish):
     """A prompt costs G sum_i (T-1-i) for branches plus max_i + 1 (T if finished), one call per time."""
     process, P, G, T = pg.Process(pg.schedule(6, 3.0)), 2, 4, 6
     velocity = Counting(FLOW)
-    rollout = roll("shared_anchor", velocity, process, P, G, steps=steps, finish_anchor=finish)
+    roll("shared_anchor", velocity, process, P, G, steps=steps, finish_anchor=finish)
     rows = P * (G * sum(T - 1 - i for i in steps) + (T if finish else max(steps) + 1))
     assert velocity.rows == rows
     assert all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t)) and len(velocity.t) == T
@@ -253,7 +253,7 @@ def test_shared_anchor_cost(steps, finish):
 def test_independent_cost():
     """P G trajectories of T steps are P G T evaluations in T calls, each at one time of the grid."""
     process, velocity = pg.Process(pg.schedule(6, 3.0)), Counting(FLOW)
-    rollout = roll("independent", velocity, process, P=2, G=4, steps=[1, 3])
+    roll("independent", velocity, process, P=2, G=4, steps=[1, 3])
     assert velocity.rows == 2 * 4 * 6
     assert all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t)) and len(velocity.t) == 6
 

@@ -114,7 +114,7 @@ def pictured(path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtyp
 
 
 class Piped(nn.Module):
-    """The velocity of an SD3 or FLUX pipeline (zoo/diffusion.py), prompt c modulo their number; theta is its transformer's.
+    """The velocity of an SD3 or FLUX pipeline (zoo/diffusion.py), prompt c mod their number; theta: its transformer.
 
     Guidance is FLUX's usual 3.5 where the model takes it, and none elsewhere.
     """
