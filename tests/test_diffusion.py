@@ -128,6 +128,16 @@ def test_encoders_can_be_dropped(flows, tmp_path):
     assert v.shape == x.shape and v.isfinite().all()
 
 
+@pytest.mark.parametrize("flags", [["--size", "30", "32"], ["--dtype", "float64"]])
+def test_the_oracle_refuses_what_a_pipeline_cannot_do(flags, tmp_path, capsys):
+    """One line and status 2, whether found on the command line or on loading."""
+    try:
+        code = oracle.main(["--model", str(pipelines.sd3(tmp_path)), "--prompt", "a dog", *flags])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and capsys.readouterr().err.strip().count("error:") == 1
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("sd3", "float32"), ("flux-dev", "bfloat16")])
 def test_the_oracle_takes_a_pipeline(name, dtype, tmp_path, capsys):
     """--model FOLDER: attribution and the matched form hold on it, and the comparison is printed step by step."""

@@ -27,6 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pave_grpo as pg
+import verify_equivalence as oracle
 from zoo.fields import OnlyCall
 
 dims, groups = st.integers(1, 5), st.integers(2, 9)
@@ -86,12 +87,12 @@ def test_e7_matched_attribution_is_the_original_member_by_member(seed, kernel, m
     net, rollout, A = observe(seed, kernel, mode, eta, grid, d, G, centred=False)
     first = pg.policy_loss(net, rollout, A, factors=(k,), form="matched", reduction="sum").old
     assert torch.equal(first.log_probs[k], first.log_probs[1])  # at theta_old it is the density that sampled
-    coarse = pg.rescore(net, rollout, ())[1]
-    mean = (first.means[1] + (first.means[k] - first.means[k])).requires_grad_()
-    value = (A.expand(rollout.x_s.shape[:3]) * pg.Transition(mean, coarse.std).log_prob(rollout.x_s, "sum")).sum()
-    want = credits(coarse, rollout, A.expand(rollout.x_s.shape[:3])).detach()
-    want = want.sum(2, keepdim=True) if mean.shape[2] == 1 else want
-    assert (torch.autograd.grad(value, mean)[0] - want).abs().max() <= G * rounding(coarse, rollout, A)
+    scene = oracle.Scene(net, rollout, A)  # the credit is read off policy_loss, by an offset of the last velocity
+    got, want = oracle.attribution(scene, k, "matched"), oracle.attribution(scene, 1)
+    p = pg.rescore(net, rollout, (k,))
+    b = min(abs(pg.Process(list(grid), kernel, eta).coefficients(*torch.tensor(e, dtype=torch.float64)).b.item())
+            for t, s in pairwise(grid) for e in ((t, s), (s + (t - s) / k, s)))
+    assert (got - want).abs().max() <= G * sum(rounding(q, rollout, A) for q in p.values()) / min(1.0, b)
 
 
 @some

@@ -159,6 +159,7 @@ SILENT = {  # what the levels cannot show
     "leaking mean", "leaking std", "silent groups dropped",  # one group
     "KL pushes away", "KL without gradient", "KL without std",  # no reference
     "matched: fine std", "matched: live coarse mean",  # the paper's form
+    "clip ignored",  # a convention: the released code
 }
 
 
@@ -246,6 +247,31 @@ def in_float32(x, velocity, t, s, k, kernel, eta):
     return mean.float(), std.float()
 
 
+def of_float32(x, velocity, t, s, k, kernel, eta):
+    mean, std = as_function(oracle.pave, "transition")(x.float(), velocity, t, s, k, kernel, eta)
+    return mean, std
+
+
+def g_and_a_bug(x, velocity, t, s, k, kernel, eta):
+    module = bugs.patched(next(b for b in bugs.BUGS if b.name == "stale time"))
+    mean, std = as_function(module, "transition")(x, velocity, t, s, k, kernel, eta)
+    return mean, std / ((t - s) / k) ** 0.5
+
+
+def summed_and_a_bug(x_s, mean, std):
+    return -squares(x_s, mean).sum(1) / std**2
+
+
+def released(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    return as_function(oracle.pave, "loss")(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, None)
+
+
+def half_done(x, velocity, t, s, k, kernel, eta):
+    if t == 1:
+        raise ValueError("t = 1")
+    return as_function(oracle.pave, "transition")(x, velocity, t, s, k, kernel, eta)
+
+
 def weighted_cps(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
     module = bugs.patched(judging.NO_HALF_SQUARE) if kernel == "cps" else oracle.pave
     return as_function(module, "loss")(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip)
@@ -255,7 +281,14 @@ def test_conventions_may_differ_by_kernel_and_kernels_may_be_missing():
     """G under the name of std in one kernel, 1/(2 std^2) dropped in another, float32: told, not accused."""
     assert judging.judge(g_for_std, seed=10).conventions["g or std"] == "g = std / sqrt(D) for flow_sde"
     assert judging.judge(only_cps, seed=10).conventions["not implemented"] == "flow_sde, dance"
-    assert judging.judge(in_float32, seed=10).conventions["precision"] == "float32"
+    for function in (in_float32, of_float32):
+        assert judging.judge(function, seed=10).conventions["precision"] == "float32"
+    found = judging.judge(g_and_a_bug, seed=10)
+    assert found.bugs == ("stale time",) and found.first.startswith("mean at kernel flow_sde, k = 2")
+    found = judging.judge(summed_and_a_bug, seed=10)
+    assert found.bugs == ("no half",)
+    found = judging.judge(released, seed=10)
+    assert found.agrees and found.conventions["clip"] == "none"
     found = judging.judge(weighted_cps, seed=10)
     assert found.agrees and found.conventions["1/(2 std^2)"].endswith("(cps)")
 
@@ -298,6 +331,7 @@ OTHER_STUBS = {
     "transition echo": stub("transition", lambda a: (a["x"], torch.ones(3))),
     "transition constant": stub("transition", lambda a: (torch.zeros(3, 6), 1.0)),
     "transition spoils": stub("transition", lambda a: (a["x"].add_(1) + 1, 1.0)),
+    "transition refuses some": half_done,
     "transition one value": stub("transition", lambda a: a["x"] + 1), "transition raises": stub("transition", raising),
     "loss of nothing": stub("loss", lambda a: None), "loss a number": stub("loss", lambda a: 0.5),
     "loss constant": stub("loss", lambda a: (a["velocity"](a["x_t"], a["t"]) * 0).sum()),
@@ -381,7 +415,9 @@ BAD = {
        "--dtype float32": "--dtype",
     "--model embedded --prompt circle": "circle", "--model nowhere": "nowhere", "--model embedded --claims E3": "E3",
     "--vectors a --against b:c": "--vectors", "--vectors a --json b": "--json", "--against a:b --claims E2": "--claims",
-    "--factors 2 3 4 5 6 7": "--factors", "--vary-seed 2 --claims E2": "--claims", "--vectors a --seed 1": "--seed",
+    "--factors 2 3 4 5 6 7": "--factors", "--kernels cps cps": "--kernels", "--claims E2 E2": "--claims",
+    "--model embedded --size 32 32": "--size", "--json .": "--json", "--vary-seed 2 --claims E2": "--claims",
+       "--vectors a --seed 1": "--seed",
        "--json no/where": "no/where",
 }
 

@@ -178,5 +178,6 @@ class Flow:
         if self.is_flux:
             latents = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pictures = [vae.decode(part.to(vae.dtype), return_dict=False)[0].float() for part in latents.split(batch)]
+        parts = (part.to(vae.device, vae.dtype) for part in latents.split(batch))
+        pictures = [vae.decode(part, return_dict=False)[0].float() for part in parts]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

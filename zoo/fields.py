@@ -127,7 +127,9 @@ class Piped(nn.Module):
         self.shape, self.prompts = flow.shape(*size), len(prompts)
         self.network = flow.transformer.requires_grad_(True)
         guidance = 3.5 if flow.is_flux and self.network.config.guidance_embeds else 0.0
-        self.velocity = flow.velocity(flow.encode(prompts), *size, guidance)
+        texts = flow.encode(prompts)
+        flow.drop_encoders()
+        self.velocity = flow.velocity(texts, *size, guidance)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return self.velocity(x.float(), t.float(), c % self.prompts)

@@ -4,7 +4,7 @@ A function is judged at the level its parameters name:
 
     transition(x, velocity, t, s, k, kernel, eta) -> (mean, std)
         x [B, *event] float64; velocity(x, t) with t [B]; t, s floats; k >= 1; kernel flow_sde, cps or dance, of which
-        those that raise NotImplementedError, KeyError or ValueError are left out.
+        those that always raise NotImplementedError, KeyError or ValueError are left out.
         p^(k)(x_s | x_t): k-1 Euler sub-steps, then one step of the kernel; std a number, or [B]. The grid's second
         point is s, which is what flow_sde at t = 1 needs.
     log_prob(x_s, mean, std) -> [B]
@@ -48,8 +48,8 @@ EPS, CLAMPS = (1e-8, 0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3), (5.0, None, 3.0, 1.0)  
 MISSING = (NotImplementedError, KeyError, ValueError)  # how a function says that it has no such kernel
 UNOBSERVABLE = {
     "transition": ("gradient", "mean or sum", "constants", "1/(2 std^2)", "ddof", "eps", "clamp"),
-    "log_prob": ("g or std", "ddof", "eps", "clamp"),
-    "loss": ("constants", "g or std"),
+    "log_prob": ("gradient", "g or std", "ddof", "eps", "clamp"),
+    "loss": ("constants", "g or std", "t = 1", "several groups", "equal rewards", "KL"),
 }
 
 
@@ -115,10 +115,10 @@ def ask(function: Callable, arguments: dict, shapes: list[tuple[int, ...]]) -> l
             raise Rejected(f"it returns {type(value).__name__} where finite floating-point tensors are due")
         for name, source in given.items():
             same = value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-            if same or (value.shape == source.shape and torch.equal(value, kept[name])):
+            if same or (value.shape == source.shape and torch.equal(value.cpu(), kept[name])):
                 raise Rejected(f"it returns its input {name}{', or a view of it' if same else ''}")
         try:
-            taken.append(value.double().expand(shape))
+            taken.append(value.cpu().double().expand(shape))
         except RuntimeError:
             raise Rejected(f"it returns shape {tuple(value.shape)}; must be {shape}") from None
     return taken
@@ -174,49 +174,67 @@ def judge_transition(function: Callable, generator: torch.Generator) -> Judgemen
                 p = module.decompose(field, process, x, *times, c, sorted({2, 3, k} - {1}))[k]
             yield [p.mean, of_std(kernel, p.std, (t - s) / k)]
 
-    def answer(x, kernel, k, t, s) -> list[Tensor]:
-        velocity = lambda x, t: field(x, torch.as_tensor(t, dtype=torch.float64).expand(len(x)),
-                                      torch.zeros(len(x), dtype=torch.long))
+    def answer(case) -> list[Tensor]:
+        x, kernel, k, t, s = case
         with torch.no_grad():
-            return ask(function, dict(x=x.clone(), velocity=velocity, t=t, s=s, k=k, kernel=kernel, eta=eta),
+            return ask(function, dict(x=x.clone(), velocity=seen_by_them(field), t=t, s=s, k=k, kernel=kernel, eta=eta),
                        [(3, fields.DIM), (3,)])
 
-    answers, missing = {}, {}
-    for i, case in enumerate(cases):
-        try:
-            answers[i] = answer(*case)
-        except MISSING as error:
-            missing[case[1]] = error
-    kept = [i for i, case in enumerate(cases) if case[1] not in missing]
-    theirs, cases = [answers[i] for i in kept], [cases[i] for i in kept]
-    if not cases:
-        raise Rejected(f"it implements no kernel: {'; '.join(f'{name}: {error!r}' for name, error in missing.items())}")
+    cases, theirs, seen = answers_of(cases, lambda case: case[1], answer)
     refuse_constant(theirs)
-    seen = {"not implemented": ", ".join(missing)} if missing else {}
     # What is called std may be g, kernel by kernel.
     own = tuple(dict.fromkeys(kernel for _, kernel, *_ in cases))
-    for n in range(2 ** len(own)):
-        means_g = {kernel for i, kernel in enumerate(own) if n >> i & 1}
-        ways = lambda kernel, std, d, g=means_g: std / d**0.5 if kernel in g else std
-        if precision := alike(numbers(pave, ways), theirs):
-            told = f"g = std / sqrt(D) for {', '.join(sorted(means_g))}" if means_g else "std is the step's"
+    ways = [[kernel for i, kernel in enumerate(own) if n >> i & 1] for n in range(2 ** len(own))]
+    of_std = [lambda kernel, std, d, g=g: std / d**0.5 if kernel in g else std for g in ways]
+    for g, way in zip(ways, of_std, strict=True):
+        if precision := alike(numbers(pave, way), theirs):
+            told = f"g = std / sqrt(D) for {', '.join(g)}" if g else "std is the step's"
             return Judgement("transition", True, {"g or std": told, "precision": precision, **seen}, "", ())
     labels = [f"kernel {kernel}, k = {k}, t = {t:.3f}, s = {s:.3f}" for _, kernel, k, t, s in cases]
-    return Judgement("transition", False, seen, first_difference(labels, ("mean", "std"), numbers(pave), theirs),
-                     matching(lambda module: alike(numbers(module), theirs), ("transition",)))
+    names, way = matching(lambda module, way: alike(numbers(module, way), theirs), of_std, ("transition",))
+    return Judgement("transition", False, seen, first_difference(labels, ("mean", "std"), numbers(pave, way), theirs),
+                     names)
 
 
-def matching(agree: Callable, levels: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the bugs under which the patched module agrees; one that cannot run agrees with nothing."""
-    found = []
+def seen_by_them(field) -> Callable:
+    """velocity(x, t) as an implementation is given it: any dtype in and out, float64 within; t a number or [B]."""
+    return lambda x, t: field(x.double(), torch.as_tensor(t, dtype=torch.float64).expand(len(x)),
+                              torch.zeros(len(x), dtype=torch.long)).to(x.dtype)
+
+
+def answers_of(cases: list, kernel_of: Callable, answer: Callable) -> tuple[list, list, dict[str, str]]:
+    """(cases, answers, conventions seen) without the kernels that never answer. Raises Rejected if some cases fail."""
+    answers, errors = {}, {}
+    for i, case in enumerate(cases):
+        try:
+            answers[i] = answer(case)
+        except MISSING as error:
+            errors.setdefault(kernel_of(case), []).append(error)
+    for kernel, raised in errors.items():
+        if len(raised) < sum(kernel_of(case) == kernel for case in cases):
+            raise Rejected(f"it raises {raised[0]!r} in {len(raised)} cases of kernel {kernel}, and answers others")
+    if not answers:
+        raise Rejected(f"it implements no kernel: {'; '.join(f'{name}: {e[0]!r}' for name, e in errors.items())}")
+    return ([cases[i] for i in answers], [answers[i] for i in answers],
+            {"not implemented": ", ".join(errors)} if errors else {})
+
+
+def matching(agree: Callable, conventions: list, levels: tuple[str, ...]) -> tuple[tuple[str, ...], object]:
+    """The names of the bugs under which the patched module agrees, and the convention of the first (else the usual).
+
+    A patched module that cannot run agrees with nothing.
+    """
+    found, used = [], []
     for bug in bugs.BUGS:
-        if bug.level in levels:
+        for convention in conventions if bug.level in levels else ():
             try:
-                if agree(bugs.patched(bug)):
+                if agree(bugs.patched(bug), convention):
                     found.append(bug.name)
+                    used.append(convention)
+                    break
             except (ValueError, RuntimeError):
                 continue
-    return tuple(found)
+    return tuple(found), (used or conventions)[0]
 
 
 def judge_log_prob(function: Callable, generator: torch.Generator) -> Judgement:
@@ -245,9 +263,10 @@ def judge_log_prob(function: Callable, generator: torch.Generator) -> Judgement:
             told = {"mean or sum": reduction, "constants": kept, "1/(2 std^2)": DROPPED if patch else "kept"}
             return Judgement("log_prob", True, told | {"precision": precision}, "", ())
     labels = [f"x_s of shape {tuple(x.shape)}" for x, _, _ in cases]
-    agree = lambda module: any(alike(numbers(module, r, k), theirs) for r, k in product(("mean", "sum"), constants))
-    return Judgement("log_prob", False, {}, first_difference(labels, ("log-probability",), numbers(pave), theirs),
-                     matching(agree, ("log_prob",)))
+    names, used = matching(lambda module, how: alike(numbers(module, *how), theirs),
+                           [*product(("mean", "sum"), constants)], ("log_prob",))
+    return Judgement("log_prob", False, {}, first_difference(labels, ("log-probability",), numbers(pave, *used),
+                                                             theirs), names)
 
 
 def judge_loss(function: Callable, generator: torch.Generator) -> Judgement:
@@ -265,8 +284,6 @@ def judge_loss(function: Callable, generator: torch.Generator) -> Judgement:
     t = 0.5 + 0.4 * torch.rand((), generator=generator).item()
     s, noise = 0.75 * t, draw(G, event)
     cases = [(kernel, factors, start) for kernel in pave.KERNELS for factors in ((), (2, 3)) for start in starts]
-    rows = lambda f: lambda x, t: f(x, torch.as_tensor(t, dtype=torch.float64).expand(len(x)),
-                                    torch.zeros(len(x), dtype=torch.long))
 
     def flat(loss) -> Tensor:
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -275,55 +292,52 @@ def judge_loss(function: Callable, generator: torch.Generator) -> Judgement:
     def observed(kernel, start) -> Tensor:
         with torch.no_grad():
             u = [torch.full((G,), z, dtype=torch.float64) for z in (t, s)]
-            return pave.Process([t, s], kernel, eta).transition(starts[start], rows(old)(starts[start], t),
-                                                                *u).sample(noise)
+            v = seen_by_them(old)(starts[start], t)
+            return pave.Process([t, s], kernel, eta).transition(starts[start], v, *u).sample(noise)
 
-    def numbers(module, chosen, reduction="mean", ddof=1, eps=1e-8, clamp=5.0, form="paper") -> Iterator[list[Tensor]]:
+    def numbers(module, chosen, reduction="mean", ddof=1, eps=1e-8, clamp=5.0, form="paper",
+                clipped="as given") -> Iterator[list[Tensor]]:
         for kernel, factors, start in chosen:
             x_t, x_s = starts[start][None, None], observed(kernel, start)[None, None]
             rollout = module.Rollout(module.Process([t, s], kernel, eta), (0,), x_t, x_s,
                                      torch.zeros(1, 1, G, dtype=torch.float64), x_s, None)
             A = module.group_advantages(rewards[None, None], ddof, eps, clamp)
-            options = dict(factors=factors, form=form, clip=clip, reduction=reduction)
+            options = dict(factors=factors, form=form, clip=clip if clipped == "as given" else None,
+                           reduction=reduction)
             with torch.no_grad():
                 first = module.policy_loss(old, rollout, A, **options).old
             loss = module.policy_loss(field, rollout, A, old=first, **options).loss
             yield [loss.detach()]
             yield [flat(loss)]
 
-    theirs, missing = {}, {}
-    for case in cases:
+    def answer(case) -> list[list[Tensor]]:
         kernel, factors, start = case
-        arguments = dict(velocity=rows(field), velocity_old=rows(old), x_t=starts[start].clone(), t=t, s=s, eta=eta,
-                         x_s=observed(kernel, start), rewards=rewards.clone(), factors=factors, kernel=kernel,
+        arguments = dict(velocity=seen_by_them(field), velocity_old=seen_by_them(old), x_t=starts[start].clone(), t=t,
+                         s=s,
+                         x_s=observed(kernel, start), rewards=rewards.clone(), factors=factors, kernel=kernel, eta=eta,
                          clip=clip)
         value = []
 
-        def asked(value=value, **given) -> Tensor:
+        def asked(**given) -> Tensor:
             value.append(function(**given))
             return value[0].detach() if isinstance(value[0], Tensor) else value[0]
 
-        try:
-            ask(asked, arguments, [()])
-        except MISSING as error:
-            missing[kernel] = error
-            continue
+        ask(asked, arguments, [()])
         if not isinstance(value[0], Tensor) or not value[0].requires_grad:
             raise Rejected("its loss has no gradient with respect to velocity's parameters")
-        theirs[case] = [[value[0].detach().double()], [flat(value[0])]]
-    cases = [case for case in cases if case[0] not in missing]
-    if not cases:
-        raise Rejected(f"it implements no kernel: {'; '.join(f'{name}: {error!r}' for name, error in missing.items())}")
-    answers = [part for case in cases for part in theirs[case]]
-    refuse_constant(answers[::2])
+        return [[value[0].detach().double()], [flat(value[0])]]
 
-    seen = {"not implemented": ", ".join(missing)} if missing else {}
+    cases, theirs, seen = answers_of(cases, lambda case: case[0], answer)
+    answers = [part for both in theirs for part in both]
+    refuse_constant(answers[::2])
     own = [*dict.fromkeys(kernel for kernel, _, _ in cases)]
     # Conventions that explain every kernel so far; each kernel may drop 1/(2 std^2) or not.
-    alive = {options: () for options in product(("mean", "sum"), (1, 0), EPS, CLAMPS, ("paper", "matched"))}
+    alive = {options: () for options in product(("mean", "sum"), (1, 0), EPS, CLAMPS, ("paper", "matched"),
+                                                ("as given", "none"))}
     for kernel in own:
         chosen = [case for case in cases if case[0] == kernel]
-        wanted, explained = [part for case in chosen for part in theirs[case]], {}
+        wanted = [part for case, both in zip(cases, theirs, strict=True) if case[0] == kernel for part in both]
+        explained = {}
         for options, so_far in alive.items():
             for patch in (None, NO_HALF_SQUARE):
                 if precision := alike(numbers(bugs.patched(patch) if patch else pave, chosen, *options), wanted):
@@ -334,18 +348,19 @@ def judge_loss(function: Callable, generator: torch.Generator) -> Judgement:
         options = min(alive, key=exact_first)
         names = [kernel for kernel, patch, _ in alive[options] if patch]
         told = {"mean or sum": options[0], "ddof": f"{options[1]}", "eps": f"{options[2]:g}", "clamp": str(options[3]),
-                "form": options[4], "1/(2 std^2)": f"{DROPPED} ({', '.join(names)})" if names else "kept",
+                "form": options[4], "clip": options[5], "1/(2 std^2)": f"{DROPPED} ({', '.join(names)})" if names
+                else "kept",
                 "precision": "float32" if exact_first(options) else "float64"}
         return Judgement("loss", True, told | seen, "", ())
     usual = [*product(("mean", "sum"), (1, 0), (1e-8, 1e-4), (5.0, None))]
     labels = [f"kernel {kernel}, S = {set(factors) or '{}'}, {start} states" for kernel, factors, start in cases]
     labels = [label for label in labels for _ in range(2)]
     names = ("loss", "gradient") * len(cases)
-    first = next((text for label, name, x, y in zip(labels, names, numbers(pave, cases), answers, strict=True)
+    found, used = matching(lambda module, how: alike(numbers(module, cases, *how), answers), usual,
+                           ("transition", "log_prob", "advantages", "loss"))
+    first = next((text for label, name, x, y in zip(labels, names, numbers(pave, cases, *used), answers, strict=True)
                   if (text := first_difference([label], (name,), [x], [y]))), "")
-    return Judgement("loss", False, seen, first, matching(
-        lambda module: any(alike(numbers(module, cases, *o), answers) for o in usual),
-        ("transition", "log_prob", "advantages", "loss")))
+    return Judgement("loss", False, seen, first, found)
 
 
 def judge(function: Callable, seed: int) -> Judgement:
