@@ -47,6 +47,8 @@ def shortened(command: str) -> list[str]:
     if given & {"--dry-run", "--sample"}:
         return [sys.executable, *words[1:]]
     for flag, value in SHORT.items():
+        if "--evaluate" in given and flag not in ("--heldout", "--threads"):
+            continue  # refused: not read
         if flag in given:
             words[words.index(flag) + 1] = value
         else:
