@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 import pave_grpo as pg
+from zoo.fields import gaussian_law  # noqa: F401  (the law of a sampler without a sample)
 
 EPS = torch.finfo(torch.float64).eps  # one rounding is off by at most EPS / 2, relatively
 KERNELS, MODES = ("flow_sde", "cps", "dance"), ("independent", "shared_anchor")
@@ -178,25 +179,6 @@ def slow_rollout(velocity, process, start, steps_noise, sde_steps, c):
         else:
             x = x - (t - s) * v
     return x, observed
-
-
-def gaussian_law(process, m, q, mean, var, sde_steps, held=()):
-    """Mean and variance of x_0 under GaussianFlow(m, q) from N(mean, var) at t_0: every step is affine.
-
-    m and q may require grad: this is the sampler's law with no sample in it. In the held steps they are constants.
-    """
-    grid = process.grid.tolist()
-    for i, (t, s) in enumerate(pairwise(grid)):
-        a, b = (m.detach(), q.detach()) if i in held else (m, q)
-        slope = (t - (1 - t) * b) / ((1 - t) ** 2 * b + t**2)
-        v = slope * (mean - (1 - t) * a) - a
-        if i in sde_steps:
-            mean, std = slow_step(process.kernel, process.eta, t, s, mean, v, grid[1])
-            gain = slow_step(process.kernel, process.eta, t, s, 1.0, slope, grid[1])[0]
-        else:
-            mean, std, gain = mean - (t - s) * v, 0.0, 1 - (t - s) * slope
-        var = gain**2 * var + std**2
-    return mean, var
 
 
 # ---- Small rollouts ------------------------------------------------------------------------------------------
