@@ -599,6 +599,14 @@ def e7(bench):
             error = largest((fine - coarse).norm(dim=1) / coarse.norm(dim=1))
             yield bench.row(exact(error, 1e3 * bench.eps * magnified, "1000 roundings x |x_s|/c"), EXACT,
                             "attribution against the original's, advantages not centred", **at)
+            if where["fixture"] != "embedded":  # it reaches theta through mu^(k) alone
+                mu, d = pave.rescore(scene.field, rollout, (k,))[k].mean, rollout.x_s[0, 0, 0].numel()
+                pull = attribution(uncentred, 1).detach() / math.prod(rollout.x_s.shape[:3])
+                wanted, found = -flat_gradient((pull * mu).sum(), scene.field), term_gradient(uncentred, k,
+                                                                                              "matched") * d
+                yield bench.row(exact((found - wanted).norm() / wanted.norm(), 1e4 * bench.eps, "10^4 roundings"),
+                                EXACT,
+                                "parameter gradient against that attribution times d mu^(k)/d theta", **at)
     for kernel in () if bench.model else bench.kernels:
         for name in ("network", "rapid"):
             for k in bench.factors:
