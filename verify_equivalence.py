@@ -234,7 +234,9 @@ CLAIMS: dict[str, Claim] = {}
 
 
 def claim(name: str, sentence: str, on_model: bool = False):
+    """Register a test under its statement's name in THEORY.md; the sentence is its documentation. It yields rows."""
     def register(test):
+        test.__doc__ = sentence
         CLAIMS[name] = Claim(sentence, test, on_model)
         return test
     return register
@@ -360,6 +362,7 @@ def e2(bench):
 
 
 def group_attribution(bench: Bench, scene: Scene, where: dict, kept: bool, note: str) -> Iterator[Row]:
+    """sum_i A_i (x_s - mu^(k))/c_k^2 beside the original's: direction, and where it is kept size (THEORY.md, E2)."""
     grid, steps = scene.rollout.process.grid.tolist(), scene.rollout.sde_steps
     whole = {k: attribution(scene, k).sum(2) for k in (1, *bench.factors)}
     unit = {k: v / pave.per_row(norms(v), v) for k, v in whole.items()}
@@ -400,8 +403,7 @@ def update(bench: Bench, name: str, kernel: str, k: int, size: float, form: str,
     with torch.no_grad():
         pairs = [one_step(field, kernel, x[0], *POINT, factors) for x in starts]
     start = starts[max(range(32), key=lambda i: (pairs[i][k].mean - pairs[i][1].mean).norm().item())]
-    noise = pave.Noise(start,
-                       bench.normal(1, 1, SAMPLES, d, of=("update", name, kernel, form)))
+    noise = pave.Noise(start, bench.normal(1, 1, SAMPLES, d, of=("update", name, kernel, form)))
     rollout = pave.rollout_shared_anchor(field, process, noise)
     at = lambda f: pave.rescore(f, rollout, factors)
     old = {j: p._replace(mean=p.mean.detach()) for j, p in at(field).items()}
@@ -488,6 +490,7 @@ def e4(bench):
 
 
 def straight_step(bench: Bench, kernel: str, name: str, t: float, s: float) -> Iterator[Row]:
+    """One step of a straight flow: means, stds, gradients, ratios, mu^(k) - mu^(1) and sum w_j / b_1 (E4, E5)."""
     field = bench.fixture(name).field
     x, u, x_s = (bench.normal(2, fields.DIM, of=("e4", i)) for i in range(3))
     moved = fields.nudged(field, 0.3, bench.generator("e4"))
@@ -553,6 +556,7 @@ def e6(bench):
 
 
 def small_steps(bench: Bench, kernel: str, name: str, k: int) -> Iterator[Row]:
+    """As D = 2^-10 .. 2^-16: |mu^(k) - mu^(1)|/c_1, its limit over c_k^2, and the matched gradient's size (E6)."""
     field, x, u = bench.fixture(name).field, *(bench.normal(4, fields.DIM, of=f"e6 {i}") for i in range(2))
     t, c = torch.full((4,), 0.7, dtype=x.dtype, device=x.device), torch.arange(4, device=x.device)
     x1_hat = pave.predicted_ends(x, field(x, t, c), t).x1_hat
@@ -941,6 +945,7 @@ def draw_figures(bench: Bench, table: list[dict], folder: Path) -> list[Path]:
     pictures, k = {}, bench.factors[-1]
 
     def canvas(name, title, xlabel, ylabel):
+        """Axes of a new picture."""
         pictures[name] = figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         ax = figure.subplots()
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -953,8 +958,7 @@ def draw_figures(bench: Bench, table: list[dict], folder: Path) -> list[Path]:
         ax.plot(x, y, style, color=grey, ms=size, lw=1.2, label=label)
 
     ax = canvas("weight", "How loud a k-term is beside its written weight 1/|S|",
-                "start t of the step (16 steps, shift 3)",
-                r"effective weight $(c_1/c_k)^2$")
+                "start t of the step (16 steps, shift 3)", r"effective weight $(c_1/c_k)^2$")
     for kernel in bench.kernels:
         process = pave.Process(pave.schedule(16, 3.0), kernel, 0.8)
         steps = list(process.stochastic_steps())

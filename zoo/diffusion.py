@@ -147,6 +147,7 @@ class Flow:
             return part[c.to(part.device)].to(x.device, network.dtype)
 
         def sd3(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            """Latents [B, C, h, w]; the network counts time to 1000."""
             tokens, pooled = (told(part, c, x) for part in texts)
             if split:
                 nothing = torch.zeros_like(c)
@@ -160,6 +161,7 @@ class Flow:
             return v
 
         def flux(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            """Packed latents [B, h w / 4, 4 C]; each token says its row and column, words say zero."""
             tokens, pooled = (told(part, c, x) for part in texts)
             at = torch.arange(rows[0], device=x.device), torch.arange(rows[1], device=x.device)
             y, z = torch.meshgrid(*at, indexing="ij")

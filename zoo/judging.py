@@ -99,7 +99,7 @@ def ask(function: Callable, arguments: dict, shapes: list[tuple[int, ...]]) -> l
         out = function(**arguments)
     except MISSING:
         raise
-    except Exception as error:
+    except Exception as error:  # somebody else's code: whatever it raises is its answer
         raise Rejected(f"it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
     out = list(out) if isinstance(out, (tuple, list)) else [out]
     for name, value in given.items():
@@ -146,6 +146,7 @@ def refuse_constant(answers: list[list[Tensor]]) -> None:
 
 def first_difference(labels: list[str], names: tuple[str, ...], ours: Iterable[list[Tensor]],
                      theirs: list[list[Tensor]]) -> str:
+    """The first quantity that differs, where it is furthest off, in words; '' if none does."""
     for label, x, y in zip(labels, ours, theirs, strict=True):
         for name, a, b in zip(names, x, y, strict=True):
             if not close(b, a, TOLERANCES["float32"]):
