@@ -1,23 +1,25 @@
-"""Align the embedded text-to-image model with a rule, by Pave-GRPO.
+"""Align a text-to-image flow with a reward, by Pave-GRPO.
 
-    python train.py                                        a laptop: under five minutes on 2 CPU cores
+    python train.py                                        a laptop: the embedded model, in under five minutes
     torchrun --nproc_per_node=8 train.py                   a node: the same samples and the same gradient
     python train.py --factors                              S = {}: the Flow-GRPO / Flow-CPS / DanceGRPO baseline
-    python train.py --sample runs/shapes-1/checkpoint.safetensors --prompt "two red circles"
+    torchrun --nproc_per_node=8 train.py --model stabilityai/stable-diffusion-3.5-medium --reward hpsv2 clip:0.01 \\
+        --eval-reward pickscore --prompts train.txt --eval-prompts heldout.txt
 
 One iteration is Algorithm 1 (pave_grpo.py): sample groups, reward them, re-score every observed transition under
 its decompositions, ascend. Prompts are the unit of work: --prompts-per-iteration is global, and all randomness of a
 prompt comes from one CPU generator seeded by (seed, iteration, prompt index), so that neither the number of ranks nor
 the device changes what is drawn. Held-out prompts are never trained on and are judged with fixed noise.
 
-Departures from the paper's setting: the model, the reward and every size, which are those of a laptop; one stochastic
-step, where the gradient is most signal; and layers at pixel resolution stay as they are (--tune), as under LoRA.
+Departures from the paper's setting: without --model, the model, the reward and every size, which are those of a laptop,
+one stochastic step, where the gradient is most signal, and layers at pixel resolution as they are; with it, LoRA unless
+--preset says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.metadata
 import json
 import math
 import os
@@ -26,8 +28,12 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, cycle, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +45,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import shapes, shapes_model
+from zoo import policies, shapes, shapes_model
+from zoo import prompts as prompt_files
+from zoo import rewards as zoo_rewards
 
 # ---- Options -----------------------------------------------------------------------------------------------
 
@@ -50,13 +58,30 @@ def option(default, help, **how):
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a run depends on. Each field is a flag: prompts_per_iteration is --prompts-per-iteration."""
+    """Everything a run depends on. Each field is a flag: prompts_per_iteration is --prompts-per-iteration.
 
+    Defaults are the embedded model's; those of --model are RELEASED, below.
+    """
+
+    model: str = option("", "an SD3 or FLUX pipeline, folder or hub id; default: the embedded model")
+    revision: str = option("", "with --model: the hub revision")
+    preset: str = option("", "with --model: the authors' setting, full fine-tuning",
+                         choices=("paper-flux", "paper-sd3"))
+    prompts: str = option("", "training prompts, a text file, one per line", metavar="FILE")
+    eval_prompts: str = option("", "held-out prompts, likewise; none may be a training prompt", metavar="FILE")
+    reward: tuple[str, ...] = option(("rule",), "rewards to ascend, NAME[=PLACE[@REVISION]][:WEIGHT], summed: clip, "
+                                     "pickscore, hpsv2, rule, right, or module:function", metavar="REWARD")
+    eval_reward: tuple[str, ...] = option(("right", "rule"), "rewards that judge held-out prompts, the first also in "
+                                          "pictures; with --model default: those of --reward", metavar="REWARD")
     iterations: int = option(40, "training iterations, >= 1")
     prompts_per_iteration: int = option(8, "P, prompts per iteration over all ranks; a multiple of the ranks")
     group_size: int = option(24, "G, members of a group, >= 2")
+    size: tuple[int, ...] = option((), "with --model: height and width of the pictures", metavar="PIXELS")
+    guidance: float = option(0.0, "with --model: classifier-free guidance of SD3 (above 1), the guidance input of FLUX")
     steps: int = option(8, "T, steps of the sampling grid")
     shift: float = option(1.0, "shift of the grid; above 1 spends more steps near the noise")
+    sigmas: str = option("shifted", "with --model: the grid of --shift, or the pipeline's own",
+                         choices=("shifted", "pipeline"))
     sde_steps: tuple[int, ...] = option((1,), "stochastic steps, from 0; no number: all that have a density")
     kernel: str = option("flow_sde", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
     eta: float = option(0.7, "stochasticity of the kernel, > 0")
@@ -71,25 +96,62 @@ class Options:
     updates: int = option(1, "updates per rollout; with 1 every ratio is 1 and --clip cannot act")
     clip: float = option(1e-4, "clip range of the ratios, > 0; 'mean' ratios stay within about 1e-3 of 1")
     kl: float = option(0.0, "coefficient of the KL to the initial model, >= 0")
-    tune: str = option("transformer", "what is trained: the transformer, or all, the layers at pixel resolution too",
-                       choices=("transformer", "all"))
+    tune: str = option("transformer", "what is trained: of the embedded model the transformer, or all in full, layers "
+                       "at pixel resolution too; with --model lora or full", choices=("transformer", "lora", "full"))
+    rank: int = option(64, "with --tune lora: rank of the adapters, >= 1")
+    alpha: float = option(128.0, "with --tune lora: their scaling is alpha / rank, > 0")
+    dtype: str = option("float32", "with --model: what networks compute in; what is trained is kept in float32",
+                        choices=("float32", "bfloat16"))
+    checkpointing: bool = option(False, "with --model: gradient checkpointing, a forward more for less memory",
+                                 action=argparse.BooleanOptionalAction)
     lr: float = option(2e-4, "learning rate, > 0")
     warmup: int = option(15, "iterations over which the learning rate rises to --lr, >= 0")
     optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
     weight_decay: float = option(1e-4, "decoupled weight decay of adamw, >= 0")
     max_grad_norm: float = option(1.0, "gradient norm above which the gradient is scaled down, > 0; inf: never")
-    seed: int = option(0, "seed of prompts and noise, >= 0")
+    ema: float = option(0.0, "decay of an average of the weights, in [0, 1); above 0 it is what is judged and saved")
+    rollout_batch: int = option(0, "rows of one velocity call while sampling; 0: all at once")
+    decode_batch: int = option(4, "with --model: states per call of the VAE; 0: all at once")
+    reward_batch: int = option(0, "pictures per call of a reward; 0: all at once")
+    update_batch: int = option(0, "observed states x_t per backward pass, gradients added up; 0: all at once")
+    eval_batch: int = option(128, "held-out pictures drawn together, a multiple of 4, the images per prompt")
+    seed: int = option(0, "seed of prompts, noise and adapters, >= 0")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = option(0, "CPU threads per rank; 0: torch's own choice")
-    out: str = option("",
-                      "folder to write, new or empty; default: the first free runs/shapes-N, with --sample this one")
-    eval_every: int = option(0, "judge the held-out prompts (16 steps) every N iterations; 0: before and after only")
+    out: str = option("", "folder to write, new or empty; default: the first free runs/NAME-N, with --sample this one")
+    eval_every: int = option(0, "judge the held-out prompts (first of --eval-steps) every N iterations; 0: before and "
+                             "after only")
+    eval_steps: tuple[int, ...] = option((16, 8, 40), "ODE steps to judge with; the first also in pictures and curve")
     heldout: int = option(512, "held-out (prompt, noise) pairs to judge: a multiple of 4, the images per prompt")
-    evaluate: str = option("", "judge this checkpoint on the held-out prompts, print the result as JSON, and stop",
+    evaluate: str = option("", "judge this checkpoint of the embedded model, print the result as JSON, and stop",
                            metavar="CHECKPOINT")
     sample: str = option("", "draw --prompt with this checkpoint into OUT/samples.png, and stop", metavar="CHECKPOINT")
     prompt: tuple[str, ...] = option((), "with --sample: prompts to draw", metavar="TEXT")
-    dry_run: bool = option(False, "print what an iteration would cost, and stop")
+    dry_run: bool = option(False, "print what an iteration would cost and hold, and stop")
+
+
+# With --model: the authors' setting (sizes, schedule, rates), their LoRA, and batches that only memory knows of.
+RELEASED = {"reward": (), "eval_reward": (), "iterations": 300, "group_size": 12, "size": (512, 512), "steps": 16,
+            "shift": 3.0, "sde_steps": (0, 2, 4, 6), "eta": 0.8, "tune": "lora", "dtype": "bfloat16", "warmup": 0,
+            "checkpointing": True, "rollout_batch": 16, "reward_batch": 16, "update_batch": 1, "eval_batch": 16,
+            "eval_every": 50, "eval_steps": (16, 40), "heldout": 64}
+FAMILIES = {"FluxPipeline": ("paper-flux", {"guidance": 3.5}),  # a schnell has no guidance: --guidance 0
+            "StableDiffusion3Pipeline": ("paper-sd3", {"guidance": 4.5})}  # of SD3 the paper gives no guidance
+LR = {"lora": 1e-4, "full": 2e-6}
+
+
+def settle(given: dict) -> Options:
+    """Options of a command line: what it says, over the preset's values, over the defaults. ValueError of one line."""
+    defaults = {}
+    if given.get("model"):
+        from zoo import diffusion  # diffusers takes seconds to import
+        preset, own = FAMILIES[diffusion.family_of(given["model"], given.get("revision") or None)]
+        if given.get("preset", preset) != preset:
+            raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")
+        defaults = RELEASED | own | ({"tune": "full"} if "preset" in given else {})
+        defaults["lr"] = LR.get(given.get("tune", defaults["tune"]), 0)
+        defaults["eval_reward"] = given.get("reward", ())
+    return Options(**(defaults | given))
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,77 +166,109 @@ def parse(argv: list[str] | None = None) -> Options:
     for f in fields(Options):
         how = dict(f.metadata)
         if isinstance(f.default, bool):
-            how["action"] = "store_true"
+            how.setdefault("action", "store_true")
         elif isinstance(f.default, tuple):
-            how |= {"nargs": "*", "type": str if f.name == "prompt" else int}
+            how |= {"nargs": "*", "type": str if "str" in f.type else int}
         else:
             how["type"] = type(f.default)
-        shown = "none" if f.default == () else f.default
-        how["help"] += "" if f.default is False or f.default == "" else f" (default: {shown})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
-    values = vars(parser.parse_args(argv))
-    o = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        how["help"] += "" if shown in (False, "") else f" (default: {shown})".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     try:
-        check(o)
+        o = settle(given)
+        check(o, set(given))
     except ValueError as problem:
         parser.error(str(problem))
     return o
 
 
-READ = {"evaluate": ("heldout", "device", "threads"), "sample": ("prompt", "out", "seed", "device", "threads")}
+ONLY_RELEASED = ("revision", "preset", "size", "guidance", "sigmas", "rank", "alpha", "dtype", "checkpointing",
+                 "decode_batch")
 
 
-def check(o: Options) -> None:
+def unread(o: Options) -> dict[str, tuple[str, ...]]:
+    """{why: options that a run of this kind does not read}."""
+    every = {f.name for f in fields(o)}
+    return {
+        "with --evaluate": () if not o.evaluate else tuple(
+            every - {"evaluate", "eval_reward", "eval_steps", "eval_batch", "heldout", "shift", "device", "threads"}),
+        "with --sample": () if not o.sample else tuple(
+            every - {"sample", "prompt", "out", "seed", "shift", "device", "threads"}),
+        "without --model": () if o.model else ONLY_RELEASED,
+        "unless --tune is lora": ("rank", "alpha") if o.tune != "lora" else (),
+        "with --sigmas pipeline": ("shift",) if o.sigmas == "pipeline" else (),
+        "unless --rollouts is independent": ("own_start",) if o.rollouts != "independent" else (),
+        "without --sample": ("prompt",) if not o.sample else (),
+        "with --factors of no number: there are no k-terms": ("form",) if not o.factors else (),
+        "with --optimizer sgd": ("weight_decay",) if o.optimizer == "sgd" else (),
+    }
+
+
+def check(o: Options, given: set[str]) -> None:
     """Everything that can be known to be wrong before any work. Raises ValueError of one line."""
+    for why, names in unread(o).items():
+        for name in sorted(given.intersection(names)):
+            raise ValueError(f"--{name.replace('_', '-')}: must be left out {why}")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    positive, natural = (lambda z: 0 < z < math.inf, "a positive number"), (lambda z: z >= 0, "0 or more")
+    in_fours = (lambda z: z > 0 and z % IMAGES_PER_PROMPT == 0, f"a positive multiple of {IMAGES_PER_PROMPT}")
     rules = [
-        (o.iterations >= 1, "iterations", "1 or more"),
-        (o.prompts_per_iteration > 0 and o.prompts_per_iteration % world == 0, "prompts_per_iteration",
+        *((name, *natural) for name in ("warmup", "seed", "threads", "eval_every", "rollout_batch", "decode_batch",
+                                        "reward_batch", "update_batch")),
+        *((name, *positive) for name in ("iterations", "updates", "clip", "lr", "rank", "alpha")),
+        ("heldout", *in_fours), ("eval_batch", *in_fours),
+        ("prompts_per_iteration", lambda z: z > 0 and z % world == 0,
          f"a positive multiple of the {world} rank{'s' * (world > 1)}"),
-        (o.group_size >= 2, "group_size", "2 or more"),
-        (o.updates >= 1, "updates", "1 or more"),
-        (0 < o.clip < math.inf, "clip", "a positive number"),
-        (0 <= o.kl < math.inf, "kl", "0 or more"),
-        (0 < o.lr < math.inf, "lr", "a positive number"),
-        (o.warmup >= 0, "warmup", "0 or more"),
-        (0 <= o.weight_decay < math.inf, "weight_decay", "0 or more"),
-        (o.max_grad_norm > 0, "max_grad_norm", "positive, or inf"),
-        (o.seed >= 0, "seed", "0 or more"),
-        (o.threads >= 0, "threads", "0 or more"),
-        (o.eval_every >= 0, "eval_every", "0 or more"),
-        (o.heldout > 0 and o.heldout % IMAGES_PER_PROMPT == 0, "heldout",
-         f"a positive multiple of {IMAGES_PER_PROMPT}"),
-        (not o.own_start or o.rollouts == "independent", "own_start", "left out unless --rollouts independent"),
-        (not o.prompt or o.sample, "prompt", "left out without --sample"),
-        (not o.sample or o.prompt, "sample", "given with --prompt"),
-        (o.factors or o.form == "paper", "form", "left out with --factors of no number: there are no k-terms"),
-        (o.optimizer == "adamw" or o.weight_decay == Options.weight_decay, "weight_decay", "left out with sgd"),
-        (o.device in ("auto", "cpu", "cuda"), "device", "cpu, cuda or auto"),
-        (o.device != "cuda" or torch.cuda.is_available(), "device", "cpu: no CUDA device is available"),
-        (not o.sample or o.out or not Path("samples.png").exists(), "sample",
+        ("group_size", lambda z: z >= 2, "2 or more"),
+        ("kl", lambda z: 0 <= z < math.inf, "0 or more"), ("weight_decay", lambda z: 0 <= z < math.inf, "0 or more"),
+        ("max_grad_norm", lambda z: z > 0, "positive, or inf"),
+        ("ema", lambda z: 0 <= z < 1, "at least 0 and below 1"),
+        ("eval_steps", lambda z: z and min(z) > 0 and len(set(z)) == len(z), "distinct positive numbers"),
+        ("size", lambda z: not o.model or len(z) == 2, "a height and a width"),
+        ("tune", lambda z: z == "full" or (z == "lora") == bool(o.model), "lora or full" if o.model else
+         "transformer or full without --model"),
+        ("reward", bool, "given: one reward or more"), ("eval_reward", bool, "given: one reward or more"),
+        ("prompts", lambda z: z or not o.model, "given with --model"),
+        ("eval_prompts", lambda z: bool(z) == bool(o.prompts), "given with --prompts, and only with it"),
+        ("sample", lambda z: bool(z) == bool(o.prompt), "given with --prompt"),
+        ("sample", lambda z: not z or o.out or not Path("samples.png").exists(),
          "given with --out where samples.png exists"),
-        (not o.sample or world == 1, "sample", "run without torchrun"),
-        (not o.out or not Path(o.out).exists() or (Path(o.out).is_dir() and not any(Path(o.out).iterdir())), "out",
+        ("sample", lambda z: not z or world == 1, "run without torchrun"),
+        ("device", lambda z: z in ("auto", "cpu", "cuda"), "cpu, cuda or auto"),
+        ("device", lambda z: z != "cuda" or torch.cuda.is_available(), "cpu: no CUDA device is available"),
+        ("out", lambda z: not z or not Path(z).exists() or (Path(z).is_dir() and not any(Path(z).iterdir())),
          "a new or empty folder"),
     ]
-    for good, name, wanted in rules:
-        if not good:
-            value = getattr(o, name)
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
-    for mode, read in READ.items():
-        unread = [f.name for f in fields(o) if getattr(o, f.name) != f.default and f.name not in {mode, *read}]
-        if getattr(o, mode) and unread:
-            raise ValueError(f"--{unread[0].replace('_', '-')}: must be left out with --{mode}, which does not read it")
+    for name, good, wanted in rules:
+        value = getattr(o, name)
+        if not good(value):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")
     pave.check_factors(o.factors)
-    make_process(o).stochastic_steps(o.sde_steps or None)
-    for prompt in o.prompt:
-        shapes.parse(prompt)
-    for checkpoint in filter(None, (o.evaluate, o.sample)):
-        shapes_model.load(checkpoint)
+    data, specs = data_of(o), [zoo_rewards.parse(texts) for texts in (o.reward, o.eval_reward)]
+    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
+    if not o.model:
+        shapes_model.tokenize([*data.train, *data.heldout, *o.prompt])
+    if o.sample or {spec.name for named in specs for spec in named} & set(zoo_rewards.RULES):
+        for prompt in (*data.train, *data.heldout, *o.prompt):
+            shapes.parse(prompt)
+        if o.model:
+            raise ValueError("--reward, --eval-reward: 'rule' and 'right' judge the embedded world only")
 
 
-def make_process(o: Options) -> pave.Process:
-    return pave.Process(pave.schedule(o.steps, o.shift), o.kernel, o.eta)
+def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Released:
+    """What the options align, its weights not read yet where it is released. Raises ValueError of one line."""
+    if not o.model:
+        return policies.Embedded(o.evaluate or o.sample or shapes_model.CHECKPOINT, o.tune, o.shift, o.kl > 0)
+    return policies.Released(
+        o.model, o.revision or None, size=o.size, guidance=o.guidance, dtype=getattr(torch, o.dtype), sigmas=o.sigmas,
+        shift=o.shift, tune=o.tune, rank=o.rank, alpha=o.alpha, seed=o.seed, checkpointing=o.checkpointing,
+        reference=o.kl > 0, decode_batch=o.decode_batch, world=world)
+
+
+def make_process(o: Options, policy) -> pave.Process:
+    return pave.Process(policy.grid(o.steps), o.kernel, o.eta)
 
 
 # ---- Ranks -------------------------------------------------------------------------------------------------
@@ -217,27 +311,35 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def average_gradients(self, model: torch.nn.Module) -> None:
+    def average_gradients(self, tuned: list[torch.nn.Parameter]) -> None:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
         if self.world > 1:
-            for p in model.parameters():
-                if p.requires_grad:
-                    dist.all_reduce(p.grad)
-                    p.grad /= self.world
+            for p in tuned:
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
 
 
-# ---- The model as a velocity, the reward, the held-out prompts ---------------------------------------------
+# ---- Prompts and noise -------------------------------------------------------------------------------------
 
-SHAPE = (3, shapes.SIZE, shapes.SIZE)
 IMAGES_PER_PROMPT = 4  # of a held-out prompt, each from its own noise: diversity is measured among them
-EVAL_STEPS = (8, 16, 40)
-EVAL_BATCH = 128  # a fixed size, so that no figure depends on the number of ranks
 
 
-def velocity_of(model: torch.nn.Module, prompts: list[str], device: torch.device) -> pave.Velocity:
-    """v(x, t, c) for rows that belong to prompts[c]; the prompts are tokenised once."""
-    tokens = shapes_model.tokenize(prompts).to(device)
-    return lambda x, t, c: model(x, t, tokens[c])
+class Data(NamedTuple):
+    """Prompts to train on and to judge by, and what was noticed about their files."""
+
+    train: list[str]
+    heldout: list[str]
+    report: list[str]
+
+
+def data_of(o: Options) -> Data:
+    """The prompts of the files, or the embedded world's. Raises ValueError where one is in both files."""
+    if not o.prompts:
+        return Data(list(shapes.TRAIN_PROMPTS), list(shapes.HELDOUT_PROMPTS), [])
+    (train, one), (heldout, two) = map(prompt_files.read, (o.prompts, o.eval_prompts))
+    for prompt in set(train).intersection(heldout):
+        raise ValueError(f"--eval-prompts {o.eval_prompts}: {prompt!r} is a training prompt; must be held out")
+    return Data(train, heldout, one + two)
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -246,114 +348,152 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-@torch.no_grad()
-def draw(model: torch.nn.Module, prompts: list[str], noise: Tensor, steps: int, device: torch.device) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] on the CPU by `steps` uniform ODE steps from noise [B, 3, H, W]."""
-    x = pave.ode_sample(velocity_of(model, prompts, device), pave.schedule(steps), noise.to(device))
-    return shapes_model.to_images(x).cpu()
+def drawn_prompts(o: Options, data: Data, iteration: int, ranks: Ranks) -> tuple[list[str], list[torch.Generator]]:
+    """This rank's prompts of an iteration, and their generators, which the noise is drawn from next."""
+    generators = [generator_of(o.seed, iteration, i) for i in ranks.share(o.prompts_per_iteration)]
+    return [data.train[int(torch.randint(len(data.train), (), generator=g))] for g in generators], generators
 
 
-def heldout_pairs(n: int) -> tuple[list[str], Tensor]:
+def heldout_prompts(data: Data) -> list[str]:
+    """All held-out prompts in their fixed random order."""
+    return [data.heldout[i] for i in torch.randperm(len(data.heldout), generator=generator_of(0)).tolist()]
+
+
+def heldout_pairs(data: Data, shape: tuple[int, ...], n: int) -> tuple[list[str], Tensor]:
     """The first n of the fixed (prompt, noise) pairs: IMAGES_PER_PROMPT noises for each held-out prompt, in turn."""
-    order = torch.randperm(len(shapes.HELDOUT_PROMPTS), generator=generator_of(0)).tolist()
-    turns = [order[j % len(order)] for j in range(n // IMAGES_PER_PROMPT)]
-    noise = [torch.randn(IMAGES_PER_PROMPT, *SHAPE, generator=generator_of(0, j)) for j in range(len(turns))]
-    return [shapes.HELDOUT_PROMPTS[i] for i in turns for _ in range(IMAGES_PER_PROMPT)], torch.cat(noise)
+    turns = [prompt for _, prompt in zip(range(n // IMAGES_PER_PROMPT), cycle(heldout_prompts(data)))]
+    noise = [torch.randn(IMAGES_PER_PROMPT, *shape, generator=generator_of(0, j)) for j in range(len(turns))]
+    return [prompt for prompt in turns for _ in range(IMAGES_PER_PROMPT)], torch.cat(noise)
 
 
-def judge_heldout(model: torch.nn.Module, n: int, steps_list: tuple[int, ...], ranks: Ranks) -> dict:
-    """{"right": {T: fraction}, "family": {name: fraction}, "score": mean, "diversity": distance} on n held-out pairs.
+def shown_pairs(data: Data, policy, n: int = 8) -> tuple[list[str], Tensor]:
+    """Up to n held-out prompts, as many of each kind, with their noise [n, 4, *shape]: what before_after.png shows."""
+    kinds: dict[str, list[str]] = {}
+    for prompt in heldout_prompts(data):
+        kinds.setdefault(policy.kind(prompt), []).append(prompt)
+    in_turn = [prompt for turn in zip_longest(*kinds.values()) for prompt in turn if prompt][:n]
+    prompts = sorted(in_turn, key=policy.kind)
+    return prompts, torch.stack([torch.randn(4, *policy.shape, generator=generator_of(1, i))
+                                 for i in range(len(prompts))])
 
-    Family, score and diversity are those of 16 steps. Diversity is the root mean square pixel distance between images
-    of one prompt from different noise, averaged over pairs and prompts.
+
+def needed_prompts(o: Options, policy, data: Data, ranks: Ranks) -> list[str]:
+    """Every prompt this rank will ask for in the whole run: what has to be encoded, once."""
+    drawn = [p for i in range(1, o.iterations + 1) for p in drawn_prompts(o, data, i, ranks)[0]]
+    judged = heldout_prompts(data)[: o.heldout // IMAGES_PER_PROMPT]
+    return list(dict.fromkeys([*drawn, *judged, *shown_pairs(data, policy)[0]]))
+
+
+# ---- Evaluation --------------------------------------------------------------------------------------------
+
+
+def chunked(velocity: pave.Velocity, rows: int) -> pave.Velocity:
+    """The same velocity, at most `rows` rows a call; 0: all at once."""
+    if not rows:
+        return velocity
+    return lambda x, t, c: torch.cat([velocity(*part) for part in zip(x.split(rows), t.split(rows), c.split(rows))])
+
+
+@torch.no_grad()
+def draw(o: Options, policy, prompts: list[str], noise: Tensor, steps: int, device: torch.device) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] on the CPU by `steps` ODE steps from noise [B, *shape]."""
+    velocity = chunked(policy.velocity(prompts), o.rollout_batch)
+    return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device))).cpu()
+
+
+def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Data, steps_list: tuple[int, ...],
+                  ranks: Ranks) -> dict:
+    """Means over the held-out pairs: {"heldout": {T: {judge: mean}}, "family": {kind: mean}, "diversity": distance}.
+
+    Family is of the first judge; it and diversity are of the first T. Diversity is the root mean square pixel distance
+    between images of one prompt from different noise, averaged over pairs and prompts.
     """
-    prompts, noise = heldout_pairs(n)
-    batches = [range(i, min(i + EVAL_BATCH, n)) for i in range(0, n, EVAL_BATCH)]
-    jobs = [(steps, rows) for steps in steps_list for rows in batches]
-    found = []  # (steps, first row, right, score, distances)
-    for j in tqdm(range(ranks.rank, len(jobs), ranks.world), "held-out", leave=False, disable=ranks.rank > 0):
-        steps, rows = jobs[j]
-        chosen = [prompts[i] for i in rows]
-        images = draw(model, chosen, noise[rows.start:rows.stop], steps, ranks.device)
-        verdict = shapes.judge(images, chosen)
-        distances = [torch.pdist(four.flatten(1)).mean().item() for four in images.split(IMAGES_PER_PROMPT)]
-        found.append((steps, rows.start, verdict.right.tolist(), verdict.score.tolist(), distances))
-    found = sorted(part for parts in ranks.gather(found) for part in parts)
-
-    def joined(steps: int, what: int) -> list:
-        return [value for part in found if part[0] == steps for value in part[what]]
-
-    family = [shapes.parse(p).family for p in prompts]
+    prompts, noise = heldout_pairs(data, policy.shape, o.heldout)
+    n, size = len(prompts), min(o.eval_batch, len(prompts))
+    starts = list(range(0, n, size))
+    # In every round every rank draws as many images, some for nothing: a sharded network needs all ranks at once.
+    rounds = [(steps, first) for steps in steps_list for first in range(0, len(starts), ranks.world)]
+    found = []  # (steps, first row, {judge: scores}, distances)
+    for steps, first in tqdm(rounds, "held-out", leave=False, disable=ranks.rank > 0):
+        start = starts[min(first + ranks.rank, len(starts) - 1)]
+        rows = [min(i, n - 1) for i in range(start, start + size)]
+        images = draw(o, policy, [prompts[i] for i in rows], noise[rows], steps, ranks.device)[: n - start]
+        if first + ranks.rank < len(starts):
+            scores = judges(images, prompts[start : start + size])
+            distances = [torch.pdist(z.flatten(1)).mean().item() for z in images.split(IMAGES_PER_PROMPT)]
+            found.append((steps, start, {name: z.tolist() for name, z in scores.items()},
+                          [d / math.prod(images.shape[1:]) ** 0.5 for d in distances]))
+    found = sorted((part for parts in ranks.gather(found) for part in parts), key=lambda part: part[:2])
+    joined = {(steps, name): [z for part in found if part[0] == steps for z in part[2][name]]
+              for steps in steps_list for name in judges.rewards}
+    main, (judge, *_) = steps_list[0], judges.rewards
+    kinds = [policy.kind(prompt) for prompt in prompts]
     return {
-        "right": {str(T): statistics.fmean(joined(T, 2)) for T in steps_list},
-        "family": {name: statistics.fmean(right for right, own in zip(joined(16, 2), family) if own == name)
-                   for name in sorted(set(family))},
-        "score": statistics.fmean(joined(16, 3)),
-        "diversity": statistics.fmean(joined(16, 4)) / math.prod(SHAPE) ** 0.5,
+        "heldout": {str(T): {name: statistics.fmean(joined[T, name]) for name in judges.rewards} for T in steps_list},
+        "family": {kind: statistics.fmean(z for z, own in zip(joined[main, judge], kinds) if own == kind)
+                   for kind in sorted(set(kinds) - {""})},
+        "diversity": statistics.fmean(d for part in found if part[0] == main for d in part[3]),
     }
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
 
-def draw_grid(columns: dict[str, Tensor], prompts: list[str], path: Path) -> None:
-    """One row per prompt, one block of images [rows, n, 3, H, W] per column title, each marked right or wrong."""
-    rows, n = len(prompts), next(iter(columns.values())).shape[1]
-    figure = Figure(figsize=(0.9 * n * len(columns) + 2.6, 0.92 * rows + 0.5))
+class Block(NamedTuple):
+    """Images [rows, n, 3, H, W] of one moment, and the first judge's scores [rows, n]."""
+
+    images: Tensor
+    scores: Tensor
+
+
+def draw_block(o: Options, policy, judges: zoo_rewards.Rewards, prompts: list[str], noise: Tensor,
+               device: torch.device) -> Block:
+    """A row per prompt, from its noise [rows, n, *shape], by the first number of --eval-steps."""
+    grid = noise.shape[:2]
+    owners = [prompt for prompt in prompts for _ in range(grid[1])]
+    images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], device)
+    return Block(images.unflatten(0, grid), next(iter(judges(images, owners).values())).unflatten(0, grid))
+
+
+def draw_grid(columns: dict[str, Block], prompts: list[str], path: Path) -> None:
+    """One row per prompt, one block per column title; each image has its score: right or wrong if it is 1 or 0."""
+    rows, (n, _, _, W) = len(prompts), next(iter(columns.values())).images.shape[1:]
+    side = 0.9 if W <= 64 else 1.8  # inches
+    figure = Figure(figsize=(side * n * len(columns) + 2.6, side * rows + 0.5))
     axes = figure.subplots(rows, n * len(columns), squeeze=False)
-    for block, (title, images) in enumerate(columns.items()):
-        for i, prompt in enumerate(prompts):
-            right = shapes.judge(images[i], [prompt] * n).right.tolist()
-            for j in range(n):
-                ax = axes[i, block * n + j]
-                ax.imshow(images[i, j].permute(1, 2, 0).numpy(), interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                colour = "#2a7f3b" if right[j] else "#c0392b"
-                for side in ax.spines.values():
-                    side.set(color=colour, linewidth=2)
-                ax.text(0.97, 0.03, "✓" if right[j] else "✗", transform=ax.transAxes, ha="right", va="bottom",
-                        color=colour, fontsize=11, fontweight="bold")
-        axes[0, block * n].set_title(title, loc="left", fontsize=11)
+    for column, (title, block) in enumerate(columns.items()):
+        for i, j in product(range(rows), range(n)):
+            ax, score = axes[i, column * n + j], block.scores[i, j].item()
+            mark, colour = {1: ("✓", "#2a7f3b"), 0: ("✗", "#c0392b")}.get(score, (f"{score:.3g}", "#1f5fa8"))
+            ax.imshow(block.images[i, j].permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            for edge in ax.spines.values():
+                edge.set(color=colour, linewidth=2)
+            ax.text(0.97, 0.03, mark, transform=ax.transAxes, ha="right", va="bottom", color=colour, fontsize=11,
+                    fontweight="bold")
+        axes[0, column * n].set_title(title, loc="left", fontsize=11)
     for i, prompt in enumerate(prompts):
-        axes[i, 0].set_ylabel(prompt.replace(" of ", " of\n").replace(" and ", "\nand ").replace("ve ", "ve\n"),
-                              rotation=0, ha="right", va="center", fontsize=8)
+        axes[i, 0].set_ylabel(textwrap.fill(prompt, 22, max_lines=6), rotation=0, ha="right", va="center", fontsize=8)
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
 
 
-def draw_curve(lines: list[dict], path: Path) -> None:
-    """Training reward and held-out correctness against iterations."""
-    trained = [m for m in lines if "reward" in m]
-    judged = [m for m in lines if "heldout_right" in m]
+def draw_curve(lines: list[dict], judge: str, path: Path) -> None:
+    """Training reward and the first judge's held-out mean against iterations."""
     figure = Figure(figsize=(6, 3.4))
     ax = figure.subplots()
-    for name, style, label in (("reward", "-", "reward of the rollouts"), ("right", ":", "rollouts fully right")):
-        ax.plot([m["iteration"] for m in trained], [m[name] for m in trained], style, color="0.45", label=label)
-    ax.plot([m["iteration"] for m in judged], [m["heldout_right"] for m in judged], "o-", color="#1f5fa8",
-            label="held-out images fully right (16 ODE steps)")
-    ax.set(xlabel="iteration", ylabel="fraction", ylim=(0, 1))
+    for name, style, colour, label in (("reward", "-", "0.45", "reward of the rollouts"),
+                                       (f"heldout_{judge}", "o-", "#1f5fa8", f"held-out prompts, {judge}")):
+        points = [(m["iteration"], m[name]) for m in lines if name in m]
+        ax.plot([i for i, _ in points], [y for _, y in points], style, color=colour, label=label)
+    ax.set(xlabel="iteration", ylabel="mean")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def shown_prompts() -> tuple[list[str], Tensor]:
-    """Eight held-out prompts of all families, four noises each: what before_after.png shows."""
-    prompts = list(dict.fromkeys(heldout_pairs(len(shapes.HELDOUT_PROMPTS) * IMAGES_PER_PROMPT)[0]))
-    chosen = [p for family, n in (("count", 2), ("conjunction", 3), ("relation", 3))
-              for p in [p for p in prompts if shapes.parse(p).family == family][:n]]
-    return chosen, torch.stack([torch.randn(4, *SHAPE, generator=generator_of(1, i)) for i in range(len(chosen))])
-
-
-def draw_shown(model: torch.nn.Module, device: torch.device) -> Tensor:
-    """Images [8, 4, 3, H, W] of shown_prompts by 16 ODE steps."""
-    prompts, noise = shown_prompts()
-    images = draw(model, [p for p in prompts for _ in range(4)], noise.flatten(0, 1), 16, device)
-    return images.unflatten(0, (len(prompts), 4))
-
-
-# ---- One iteration -----------------------------------------------------------------------------------------
+# ---- What an iteration costs -------------------------------------------------------------------------------
 
 
 class Cost(NamedTuple):
@@ -363,74 +503,141 @@ class Cost(NamedTuple):
     sampled: int
     trained: int
     reference: int
+    states: int  # x_t that the loss evaluates, once per update
 
-    @property
-    def forwards(self) -> int:
-        """A trained evaluation costs about three forwards: itself, and a backward of twice that."""
-        return self.sampled + 3 * self.trained + self.reference
+    def forwards(self, checkpointing: bool) -> int:
+        """A trained evaluation costs about three forwards, its own and a backward of two; checkpointing, one more."""
+        return self.sampled + (4 if checkpointing else 3) * self.trained + self.reference
 
 
-def cost_of(o: Options, factors: tuple[int, ...]) -> Cost:
+def cost_of(o: Options, factors: tuple[int, ...], policy) -> Cost:
     """Counted: the anchor up to its last stochastic step, and G branches from each."""
-    steps = make_process(o).stochastic_steps(o.sde_steps or None)
+    steps = make_process(o, policy).stochastic_steps(o.sde_steps or None)
     P, G, T, n = o.prompts_per_iteration, o.group_size, o.steps, len(steps)
     shared = o.rollouts == "shared_anchor"
-    states = P * n * (1 if shared else G) * o.updates  # x_t that the loss evaluates
+    states = P * n * (1 if shared else G)
     return Cost(images=P * G * (n if shared else 1),
                 sampled=P * (G * sum(T - 1 - i for i in steps) + steps[-1] + 1 if shared else G * T),
-                trained=states * (1 + sum(k - 1 for k in factors)),
-                reference=states if o.kl else 0)
+                trained=o.updates * states * (1 + sum(k - 1 for k in factors)),
+                reference=o.updates * states if o.kl else 0, states=states)
 
 
-def describe(o: Options, ranks: Ranks) -> str:
-    """What one iteration costs, and what S adds, before it is spent."""
-    cost, plain = cost_of(o, o.factors), cost_of(o, ())
-    return (f"one iteration: {cost.images} images in groups of {o.group_size} from {o.prompts_per_iteration} prompts "
-            f"on {ranks.world} rank{'s' * (ranks.world > 1)} ({ranks.device.type})\n"
-            f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained (three forwards each)"
-            f"{f', {cost.reference} reference' if o.kl else ''}\n"
-            f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained evaluations, "
-            f"{100 * (cost.forwards / plain.forwards - 1):.1f} % more forwards; no image, no reward")
+def describe(o: Options, policy, ranks: Ranks) -> str:
+    """What one iteration costs, what S adds, what the batches mean, what is held in memory: before it is spent."""
+    cost, plain, sizes = cost_of(o, o.factors, policy), cost_of(o, (), policy), policy.sizes
+    world, device = ranks.world, ranks.device.type
+    more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
+    images, states = cost.images // world, cost.states // world
+    live = images if o.rollouts == "independent" else images + o.prompts_per_iteration // world
+
+    def calls(total: int, batch: int) -> str:
+        size = min(batch or total, total)
+        return f"{math.ceil(total / size)} of up to {size}"
+
+    masters = sizes.masters / 2**30
+    held = [("frozen weights", sizes.frozen / 2**30), ("trained, float32", masters), ("gradients", masters),
+            ("Adam", 2 * masters if o.optimizer == "adamw" else 0), ("EMA", masters if o.ema else 0)]
+    lines = [
+        f"one iteration: {cost.images} images in groups of {o.group_size} from {o.prompts_per_iteration} prompts on "
+        f"{world} rank{'s' * (world > 1)} ({device})",
+        f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained "
+        f"({4 if o.checkpointing else 3} forwards each)" + (f", {cost.reference} reference" if o.kl else "")
+        + (f"; each is {sizes.rows} rows of the network, for guidance" if sizes.rows > 1 else ""),
+        f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained evaluations, "
+        f"{100 * more:.1f} % more forwards; no image, no reward",
+        f"  on a rank: {images} images; network calls per step at most {calls(live, o.rollout_batch)} rows "
+        f"(--rollout-batch {o.rollout_batch})" + ("; VAE calls " + calls(images, o.decode_batch)
+                                                  + f" (--decode-batch {o.decode_batch})" if o.model else "")
+        + f"; reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
+        f"  {o.updates} update{'s' * (o.updates > 1)}, each of {states} observed states on a rank in backward passes: "
+        f"{calls(states, o.update_batch)} (--update-batch {o.update_batch}), gradients added up: the same gradient",
+        f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained"
+        + (f", sharded over {world} ranks" if policy.sharded else "") + "; memory of a rank, GiB: "
+        + " + ".join(f"{size:.2f} {name}" for name, size in held if size) + f" = {sum(s for _, s in held):.2f}, "
+        f"activations{', VAE and reward models' if o.model else ''} besides"]
+    return "\n".join(lines)
 
 
-def iterate(o: Options, iteration: int, model, reference, optimizer, ranks: Ranks) -> dict:
+# ---- One iteration -----------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A piece of a rollout for one backward pass."""
+
+    rollout: pave.Rollout
+    advantages: Tensor
+    prompts: slice
+    share: float  # of the rollout's states: the weight of its mean in the mean
+
+
+def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[Part]:
+    """Cut into pieces of at most `batch` states x_t (0: one piece): by prompts, within one by steps, then by members.
+
+    The loss is a mean over states or over their members, alike in number: sum_parts share * loss(part) is the loss.
+    """
+    P, n, A = rollout.x_t.shape[:3]
+    batch = batch or P * n * A
+    sizes = max(1, batch // (n * A)), min(n, max(1, batch // A)), min(A, batch)
+    cuts = [[slice(i, min(i + size, total)) for i in range(0, total, size)] for size, total in zip(sizes, (P, n, A))]
+    every = slice(None)
+    for p, i, a in product(*cuts):
+        members = a if A > 1 else every
+        own = i if rollout.x_0.shape[1] == n else every  # independent chains: one x_0 for all their steps
+        x_t = rollout.x_t[p, i, a]
+        yield Part(rollout._replace(sde_steps=rollout.sde_steps[i], x_t=x_t, x_s=rollout.x_s[p, i, members],
+                                    log_prob=rollout.log_prob[p, i, members], x_0=rollout.x_0[p, own, members]),
+                   advantages[p, own, members], p, math.prod(x_t.shape[:3]) / (P * n * A))
+
+
+def iterate(o: Options, iteration: int, policy, rewards: zoo_rewards.Rewards, data: Data, optimizer, average,
+            ranks: Ranks) -> dict:
     """One iteration of Algorithm 1 on this rank's prompts. Returns this rank's metrics."""
-    process, device = make_process(o), ranks.device
+    process, device = make_process(o, policy), ranks.device
     steps = process.stochastic_steps(o.sde_steps or None)
 
     # Sample groups. A prompt's choice and noise depend on (seed, iteration, its index) alone.
-    generators = [generator_of(o.seed, iteration, i) for i in ranks.share(o.prompts_per_iteration)]
-    chosen = [int(torch.randint(len(shapes.TRAIN_PROMPTS), (), generator=g)) for g in generators]
-    prompts = [shapes.TRAIN_PROMPTS[i] for i in chosen]
-    noise = pave.draw_noise(generators, o.group_size, SHAPE, len(steps), o.own_start, device=device)
-    velocity = velocity_of(model, prompts, device)
+    prompts, generators = drawn_prompts(o, data, iteration, ranks)
+    noise = pave.draw_noise(generators, o.group_size, policy.shape, len(steps), o.own_start, device=device)
     sample = pave.rollout_shared_anchor if o.rollouts == "shared_anchor" else pave.rollout_independent
-    rollout = sample(velocity, process, noise, steps)
+    rollout = sample(chunked(policy.velocity(prompts), o.rollout_batch), process, noise, steps)
 
     # Reward.
     groups = rollout.x_0.shape[:3]
     owners = [p for p in prompts for _ in range(groups[1] * groups[2])]
-    verdict = shapes.judge(shapes_model.to_images(rollout.x_0.flatten(0, 2)), owners)
-    rewards = verdict.score.to(device).unflatten(0, groups)
-    advantages = pave.group_advantages(rewards)
+    scores = rewards(policy.decode(rollout.x_0.flatten(0, 2)), owners)
+    total = rewards.total(scores).to(device).unflatten(0, groups)
+    advantages = pave.group_advantages(total)
 
     # Ascend; the first update's pass is theta_old for the others.
-    old = None
+    parts = list(parts_of(rollout, advantages, o.update_batch))
+    old: list[pave.Old | None] = [None] * len(parts)
     for _ in range(o.updates):
-        result = pave.policy_loss(velocity, rollout, advantages, factors=o.factors, form=o.form, clip=o.clip, kl=o.kl,
-                                  reference=velocity_of(reference, prompts, device) if o.kl else None,
-                                  reduction=o.reduction, old=old)
-        old = result.old
+        measured = []
         optimizer.zero_grad()
-        result.loss.backward()
-        ranks.average_gradients(model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm).item()
+        for j, part in enumerate(parts):
+            own = prompts[part.prompts]
+            result = pave.policy_loss(policy.velocity(own), part.rollout, part.advantages, factors=o.factors,
+                                      form=o.form, clip=o.clip, kl=o.kl,
+                                      reference=policy.reference_velocity(own) if o.kl else None,
+                                      reduction=o.reduction, old=old[j])
+            (part.share * result.loss).backward()
+            old[j] = result.old
+            measured.append(measure(result, part.advantages) | {"share": part.share})
+        if not policy.sharded:
+            ranks.average_gradients(policy.tuned)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.tuned, o.max_grad_norm)
         optimizer.step()
+        if average:
+            average.update()
+    return {"reward": total.mean().item(), **{f"reward_{name}": z.mean().item() for name, z in scores.items()},
+            "silent_groups": (advantages == 0).all(-1).float().mean().item(),
+            "grad_norm": (grad_norm.full_tensor() if policy.sharded else grad_norm).item(), **merge(measured)}
 
-    metrics = {"reward": rewards.mean().item(), "right": verdict.right.float().mean().item(),
-               "loss": result.loss.item(), "grad_norm": grad_norm, "kl": result.kl,
-               "silent_groups": result.groups_without_signal / (groups[0] * groups[1]),
-               "sampling_gap_max": old.sampling_gap}
+
+def measure(result: pave.PolicyLoss, advantages: Tensor) -> dict:
+    """The metrics of one loss."""
+    metrics = {"loss": result.loss.item(), "kl": result.kl, "sampling_gap_max": result.old.sampling_gap,
+               "signal": (advantages != 0).float().mean().item()}
     for k, term in result.terms.items():
         metrics |= {f"ratio_{k}": term.ratio_mean, f"ratio_{k}_min": term.ratio_min, f"ratio_{k}_max": term.ratio_max,
                     f"clip_fraction_{k}": term.clip_fraction, f"weight_{k}": term.effective_weight.mean().item()}
@@ -438,11 +645,18 @@ def iterate(o: Options, iteration: int, model, reference, optimizer, ranks: Rank
 
 
 def merge(parts: list[dict]) -> dict:
-    """Metrics of all ranks as one: the extremes of what is named _min or _max, the mean of the rest."""
-    merged = {}
+    """Metrics of parts or ranks as one: extremes of what is named _min or _max, means of the rest, by their share.
+
+    A clip fraction is of the members with a signal, and weighs by their number.
+    """
+    merged, shares = {}, [part.get("share", 1.0) for part in parts]
+    signal = [share * part["signal"] for share, part in zip(shares, parts)]
     for name in parts[0]:
-        combine = min if name.endswith("_min") else max if name.endswith("_max") else statistics.fmean
-        merged[name] = combine([part[name] for part in parts])
+        values = [part[name] for part in parts]
+        weights = signal if name.startswith("clip_fraction") and sum(signal) else shares
+        merged[name] = (min(values) if name.endswith("_min") else max(values) if name.endswith("_max") else
+                        statistics.fmean(values, weights))
+    merged.pop("share", None)
     return merged
 
 
@@ -450,14 +664,15 @@ def merge(parts: list[dict]) -> dict:
 
 
 class Run:
-    """The run folder, which only rank 0 writes: config.json, metrics.jsonl, pictures, checkpoint, summary.json."""
+    """The run folder, which only rank 0 writes: config.json, metrics.jsonl, pictures, weights, summary.json."""
 
-    def __init__(self, o: Options, ranks: Ranks):
-        self.o, self.ranks, self.lines, self.began = o, ranks, [], time.perf_counter()
+    def __init__(self, o: Options, policy, judges: zoo_rewards.Rewards, data: Data, ranks: Ranks):
+        self.o, self.policy, self.judges, self.data, self.ranks = o, policy, judges, data, ranks
+        self.lines, self.columns, self.began = [], {}, time.perf_counter()
         self.summary: dict = {"heldout": {}, "heldout_family": {}, "diversity": {}}
         if ranks.rank == 0:
             self.folder = Path(o.out) if o.out else next(
-                folder for folder in (Path(f"runs/shapes-{i}") for i in range(1, 10**6)) if not folder.exists())
+                folder for folder in (Path(f"runs/{policy.name}-{i}") for i in range(1, 10**6)) if not folder.exists())
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
             print(f"writing {self.folder}/")
@@ -470,79 +685,90 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def picture(self, columns: dict[str, Tensor]) -> None:
-        """Draw before_after.png from blocks of draw_shown's images."""
+    def picture(self, title: str) -> None:
+        """Draw before_after.png: what was drawn first, and now."""
+        prompts, noise = shown_pairs(self.data, self.policy)
+        block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks.device)
+        self.columns = dict([*list(self.columns.items())[:1], (title, block)])
         if self.ranks.rank == 0:
-            draw_grid(columns, shown_prompts()[0], self.folder / "before_after.png")
+            draw_grid(self.columns, prompts, self.folder / "before_after.png")
 
-    def judge(self, model, when: str) -> None:
-        """Held-out figures of all step counts, as summary["heldout"][when]."""
-        result = judge_heldout(model, self.o.heldout, EVAL_STEPS, self.ranks)
-        self.summary["heldout"][when] = result["right"]
-        self.summary["heldout_family"][when] = result["family"]
-        self.summary["diversity"][when] = result["diversity"]
-        if self.ranks.rank == 0:
-            print(f"{when}: held-out images fully right, by ODE steps: "
-                  + ", ".join(f"{T}: {f:.3f}" for T, f in result["right"].items())
-                  + "; by family at 16: " + ", ".join(f"{name} {f:.2f}" for name, f in result["family"].items())
-                  + f"; diversity {result['diversity']:.3f}")
+    def judge(self, when: str = "") -> dict:
+        """Held-out figures as a log line: of the first number of steps or, kept as summary["heldout"][when], of all."""
+        steps = self.o.eval_steps if when else self.o.eval_steps[:1]
+        result = judge_heldout(self.o, self.policy, self.judges, self.data, steps, self.ranks)
+        first = result["heldout"][str(steps[0])]
+        if when:
+            for key, name in (("heldout", "heldout"), ("heldout_family", "family"), ("diversity", "diversity")):
+                self.summary[key][when] = result[name]
+            if self.ranks.rank == 0:
+                print(f"{when}: held-out, by ODE steps: " + "; ".join(
+                    f"{name} " + ", ".join(f"{T}: {result['heldout'][str(T)][name]:.3f}" for T in sorted(steps))
+                    for name in first)
+                    + "".join(f"; {name} {value:.2f}" for name, value in result["family"].items())
+                    + f"; diversity {result['diversity']:.3f}")
+        return {f"heldout_{name}": value for name, value in first.items()}
 
-    def save(self, model, iterations: int) -> None:
-        """Write checkpoint.safetensors, curve.png and summary.json as of now."""
+    def save(self, iterations: int) -> None:
+        """Write the weights, curve.png and summary.json as of now."""
+        o = self.o
+        self.ranks.gather(None)  # nobody trains on while the weights are read
+        saved = self.policy.save(self.folder if self.ranks.rank == 0 else Path(), self.ranks.rank == 0)
         if self.ranks.rank > 0:
             return
-        shapes_model.save(model, self.folder / "checkpoint.safetensors", {"iterations": str(iterations)}, torch.float32)
-        draw_curve(self.lines, self.folder / "curve.png")
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        draw_curve(self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png")
+        packages = ("torch", "numpy", "diffusers", "transformers", "peft") if o.model else ("torch", "numpy")
+        versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
         cuda = self.ranks.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {"seconds": round(time.perf_counter() - self.began, 1), "iterations": iterations,
-                         "interrupted": iterations < self.o.iterations, "seed": self.o.seed, "device": where,
-                         "ranks": self.ranks.world,
-                         "versions": versions, "command": shlex.join(["python", *sys.argv])}
+                         "interrupted": iterations < o.iterations, "seed": o.seed, "weights": saved, "device": where,
+                         "ranks": self.ranks.world, "versions": versions,
+                         "command": shlex.join(["python", *sys.argv])}
+        if cuda:
+            self.summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
 
 
-def train(o: Options, ranks: Ranks) -> None:
+def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.Rewards, data: Data,
+          ranks: Ranks) -> None:
     """Judge, align, judge again. The first Ctrl-C ends the run after the iteration it falls in; all of it is kept."""
-    run, stop = Run(o, ranks), []
+    run, stop = Run(o, policy, judges, data, ranks), []
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    model = shapes_model.load(device=ranks.device)
-    reference = copy.deepcopy(model).requires_grad_(False) if o.kl else None
-    for name, p in model.named_parameters():
-        p.requires_grad_(o.tune == "all" or name.split(".")[0] not in shapes_model.PIXEL_LAYERS)
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (torch.optim.SGD(tuned, o.lr) if o.optimizer == "sgd"
-                 else torch.optim.AdamW(tuned, o.lr, weight_decay=o.weight_decay))
+    policy.load(needed_prompts(o, policy, data, ranks), ranks.device, ranks.world)
+    cut_off = ranks.gather(policy.cut_off)
+    if ranks.rank == 0 and any(cut_off):
+        print("\n".join(sorted(set(chain(*cut_off)))), flush=True)
+    optimizer = (torch.optim.SGD(policy.tuned, o.lr) if o.optimizer == "sgd"
+                 else torch.optim.AdamW(policy.tuned, o.lr, weight_decay=o.weight_decay))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / (o.warmup + 1)))
+    average = policies.EMA(policy.tuned, o.ema) if o.ema else None
+    averaged = average.applied if average else nullcontext
 
-    columns = {"before": draw_shown(model, ranks.device)}
-    run.picture(columns)
-    run.judge(model, "before")
-    run.log({"iteration": 0, "heldout_right": run.summary["heldout"]["before"]["16"]})
+    run.picture("before")
+    run.log({"iteration": 0, **run.judge("before")})
     done = 0
     bar = tqdm(range(1, o.iterations + 1), "aligning", disable=ranks.rank > 0)
     for iteration in bar:
         if any(ranks.gather(bool(stop))):
             break
-        metrics = merge(ranks.gather(iterate(o, iteration, model, reference, optimizer, ranks)))
+        metrics = merge(ranks.gather(iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)))
         done, line = iteration, {"iteration": iteration, **metrics, "lr": rate.get_last_lr()[0]}
         rate.step()
         bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
                          "clipped": f"{metrics['clip_fraction_1']:.2f}"})
         evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
-        if evaluated:
-            line["heldout_right"] = judge_heldout(model, o.heldout, (16,), ranks)["right"]["16"]
-        run.log(line)
-        if evaluated:
-            run.picture(columns | {f"after {iteration} iterations": draw_shown(model, ranks.device)})
-            run.save(model, done)
+        with averaged() if evaluated else nullcontext():
+            run.log(line | (run.judge() if evaluated else {}))
+            if evaluated:
+                run.picture(f"after {iteration} iterations")
+                run.save(done)
     interrupted = done < o.iterations
-    run.picture(columns | {f"after {done} iterations": draw_shown(model, ranks.device)})
-    if not interrupted:
-        run.judge(model, "after")
-        run.log({"iteration": done, "heldout_right": run.summary["heldout"]["after"]["16"]})
-    run.save(model, done)
+    with averaged():
+        run.picture(f"after {done} iterations")
+        if not interrupted:
+            run.log({"iteration": done, **run.judge("after")})
+        run.save(done)
     if ranks.rank == 0:
         print(f"{'interrupted' if interrupted else 'finished'} after {done} iterations and "
               f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")
@@ -552,24 +778,33 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, sample, print the cost, or train: what the command line says."""
     o = parse(argv)
     ranks = Ranks.start(o)
-    if o.evaluate:
-        result = judge_heldout(shapes_model.load(o.evaluate, ranks.device), o.heldout, EVAL_STEPS, ranks)
-        print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")
-    elif o.sample:
-        model = shapes_model.load(o.sample, ranks.device)
-        folder = Path(o.out or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        noise = torch.stack([torch.randn(8, *SHAPE, generator=generator_of(o.seed, i)) for i in range(len(o.prompt))])
-        images = draw(model, [p for p in o.prompt for _ in range(8)], noise.flatten(0, 1), 16, ranks.device)
-        draw_grid({"16 ODE steps": images.unflatten(0, (-1, 8))}, list(o.prompt), folder / "samples.png")
-        print(f"look at {folder / 'samples.png'}")
-    else:
-        if ranks.rank == 0:
-            print(describe(o, ranks))
-        if not o.dry_run:
-            train(o, ranks)
+    policy, data = policy_of(o, ranks.world), data_of(o)
+    if not (o.evaluate or o.sample) and ranks.rank == 0:
+        print("\n".join([*data.report, describe(o, policy, ranks)]), flush=True)
+    if not o.dry_run:
+        rewards, judges = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
+        if o.evaluate or o.sample:
+            policy.load((), ranks.device, ranks.world)
+        if o.evaluate:
+            result = judge_heldout(o, policy, judges, data, o.eval_steps, ranks)
+            print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")
+        elif o.sample:
+            sample(o, policy, judges, ranks)
+        else:
+            train(o, policy, rewards, judges, data, ranks)
     if ranks.world > 1:
         dist.destroy_process_group()
+
+
+def sample(o: Options, policy, judges: zoo_rewards.Rewards, ranks: Ranks) -> None:
+    """Eight images of each --prompt as a picture."""
+    folder = Path(o.out or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = torch.stack([torch.randn(8, *policy.shape, generator=generator_of(o.seed, i))
+                         for i in range(len(o.prompt))])
+    block = draw_block(o, policy, judges, list(o.prompt), noise, ranks.device)
+    draw_grid({f"{o.eval_steps[0]} ODE steps": block}, list(o.prompt), folder / "samples.png")
+    print(f"look at {folder / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -6,64 +6,112 @@
 
 h and w are the picture's sides over the VAE's reduction. Given a pipeline's own sigmas, initial noise, prompts and
 guidance, pave_grpo.ode_sample on such a velocity gives the latents of the pipeline itself, to float32 rounding (tests/
-test_diffusion.py). Loading, text encoders, VAE and schedulers are diffusers'; nothing is loaded twice.
+test_diffusion.py). Loading, text encoders, VAE and schedulers are diffusers'; nothing is loaded twice. One thing is
+diffusers' choice, not ours: FLUX's network rounds the time it is given to the dtype it computes in.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from pave_grpo import Velocity
 
-FAMILIES = ("StableDiffusion3Pipeline", "FluxPipeline")
+FAMILIES = {"StableDiffusion3Pipeline": (StableDiffusion3Pipeline, SD3Transformer2DModel),
+            "FluxPipeline": (FluxPipeline, FluxTransformer2DModel)}
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 class Texts(NamedTuple):
-    """What the transformer is told of each prompt: tokens [N, L, D], pooled [N, D'], on the CPU; N prompts."""
+    """What the transformer is told of each prompt: tokens [N, L, D], pooled [N, D']; N prompts."""
 
     tokens: Tensor
     pooled: Tensor
 
 
-def family_of(path: str) -> str | None:
-    """The `_class_name` of a pipeline folder; None for what is no folder (a hub id: known after loading)."""
-    index = Path(path) / "model_index.json"
-    if not Path(path).is_dir():
-        return None
-    if not index.is_file():
-        raise ValueError(f"model {path!r}: has no model_index.json; must be a diffusers pipeline folder or a hub id")
-    return json.loads(index.read_text()).get("_class_name")
-
-
-def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> Flow:
-    """The pipeline of a folder or hub id as a Flow, its modules in `dtype`, in evaluation mode, frozen, on the CPU.
-
-    Raises ValueError for a pipeline of another family, before its weights are read where it is a folder.
-    """
-    family = family_of(path)
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"model {path!r} is a {family}; must be one of {', '.join(FAMILIES)}")
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, diffusers and transformers report errors only: they would print whole prompts that we name in a line."""
+    levels = [(z, z.get_verbosity()) for z in (diffusers_logging, transformers_logging)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # a bar for every part; diffusers' own counts the parts
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, revision=revision, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"model {path!r}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    if type(pipe).__name__ not in FAMILIES:
-        raise ValueError(f"model {path!r} is a {type(pipe).__name__}; must be one of {', '.join(FAMILIES)}")
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
+def readable(path: str, read: Callable):
+    """read(), any failure to find or fetch as one line that names the model."""
+    try:
+        with quiet():
+            return read()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {path!r}: cannot be loaded ({str(error).strip().splitlines()[0]}); must be a "
+                         f"diffusers pipeline's folder or hub id") from None
+
+
+def family_of(path: str, revision: str | None = None) -> str:
+    """The `_class_name` in model_index.json of a folder or hub id. Raises ValueError where it is none of FAMILIES."""
+    name = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision)).get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"model {path!r} is a {name}; must be one of {', '.join(FAMILIES)}")
+    return name
+
+
+def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
+         master: torch.dtype | None = None) -> Flow:
+    """The pipeline of a folder or hub id as a Flow, in evaluation mode, frozen, on the CPU.
+
+    dtype is what everything computes in; master (default: the same) what the transformer's weights are kept in.
+    Raises ValueError for a pipeline of another family, before its weights are read.
+    """
+    family_of(path, revision)
+    dtypes = {"transformer": master or dtype, "default": dtype}
+    pipe = readable(path, lambda: DiffusionPipeline.from_pretrained(path, dtype=dtypes, revision=revision,
+                                                                    use_safetensors=True))
     for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
+        if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
-    return Flow(pipe)
+    return Flow(pipe, dtype, autocast=(master or dtype) != dtype)
+
+
+def outline(path: str, revision: str | None = None) -> Flow:
+    """The same without text encoders and without weights, which are on the meta device: shapes, sizes and grids."""
+    pipeline, transformer = FAMILIES[family_of(path, revision)]
+    where = {"pretrained_model_name_or_path": path, "revision": revision}
+
+    def bare(cls: type, part: str) -> nn.Module:
+        return readable(path, lambda: cls.from_config(cls.load_config(subfolder=part, **where)))
+
+    with torch.device("meta"):
+        network, vae = bare(transformer, "transformer").eval(), bare(AutoencoderKL, "vae")
+    scheduler = readable(path, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(subfolder="scheduler", **where))
+    texts = (*ENCODERS, *TOKENIZERS) if pipeline is StableDiffusion3Pipeline else (*ENCODERS[:2], *TOKENIZERS[:2])
+    return Flow(pipeline(transformer=network, vae=vae, scheduler=scheduler, **dict.fromkeys(texts)))
 
 
 @dataclass(frozen=True)
@@ -71,13 +119,15 @@ class Flow:
     """A pipeline, and what this project asks of it."""
 
     pipe: StableDiffusion3Pipeline | FluxPipeline
+    dtype: torch.dtype = torch.float32  # of computation, whatever the weights are kept in
+    autocast: bool = False  # weights are kept in another dtype: torch.autocast casts them
 
     @property
     def is_flux(self) -> bool:
         return isinstance(self.pipe, FluxPipeline)
 
     @property
-    def transformer(self) -> torch.nn.Module:
+    def transformer(self) -> nn.Module:
         """The velocity network, whose parameters are theta."""
         return self.pipe.transformer
 
@@ -90,22 +140,45 @@ class Flow:
         h, w, channels = height // reduction, width // reduction, self.transformer.config.in_channels
         return (h * w // 4, channels) if self.is_flux else (channels, h, w)
 
+    @quiet()
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 8) -> Texts:
         """Texts of the prompts, `batch` at a time. Encode once, then `drop_encoders`."""
-        parts = []
+        parts, device = [], self.pipe.text_encoder.device
         for start in range(0, len(prompts), batch):
             some = list(prompts[start : start + batch])
             if self.is_flux:
-                tokens, pooled, _ = self.pipe.encode_prompt(some, None)
+                tokens, pooled, _ = self.pipe.encode_prompt(some, None, device=device)
             else:
-                tokens, _, pooled, _ = self.pipe.encode_prompt(some, None, None, do_classifier_free_guidance=False)
+                tokens, _, pooled, _ = self.pipe.encode_prompt(some, None, None, device=device,
+                                                               do_classifier_free_guidance=False)
             parts.append((tokens.cpu(), pooled.cpu()))
         return Texts(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    @quiet()
+    def cut_off(self, prompts: Sequence[str]) -> list[str]:
+        """A line for every prompt of which a text encoder reads the beginning only."""
+        limits = {id(z): z.model_max_length for z in (getattr(self.pipe, name, None) for name in TOKENIZERS) if z}
+        t5 = self.pipe.tokenizer_2 if self.is_flux else self.pipe.tokenizer_3
+        if t5 is not None:
+            limits[id(t5)] = 512 if self.is_flux else 256  # what encode_prompt asks of it
+        lines = []
+        for tokenizer in (getattr(self.pipe, name, None) for name in TOKENIZERS):
+            counts = [len(z) for z in tokenizer(list(prompts)).input_ids] if tokenizer and prompts else []
+            lines += [f"prompt {textwrap.shorten(prompt, 60)!r} has {n} tokens, of which {type(tokenizer).__name__} "
+                      f"reads {limits[id(tokenizer)]}" for prompt, n in zip(prompts, counts)
+                      if n > limits[id(tokenizer)]]
+        return list(dict.fromkeys(lines))
+
+    def move_encoders(self, device: torch.device) -> None:
+        """Move the text encoders, to encode there."""
+        for name in ENCODERS:
+            if getattr(self.pipe, name, None) is not None:
+                getattr(self.pipe, name).to(device)
+
     def drop_encoders(self) -> None:
         """Forget the text encoders, which nothing needs once prompts are encoded."""
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        for name in ENCODERS:
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
 
@@ -125,26 +198,40 @@ class Flow:
             scheduler.set_timesteps(steps, **options)
         return scheduler.sigmas.double()
 
-    def velocity(self, texts: Texts, height: int, width: int, guidance: float, empty: Texts | None = None) -> Velocity:
-        """v(x, t, c) of latents x in float32, rows of prompts texts[c]; the network computes in its own dtype.
+    def splits(self, guidance: float) -> bool:
+        """Whether a velocity takes two evaluations a row, with the prompt and without: SD3 with guidance above 1.
+
+        Raises ValueError for a guidance the model cannot take: FLUX with the guidance embedding needs one above 0, FLUX
+        without it (schnell) none, SD3 any from 0.
+        """
+        embeds = self.is_flux and bool(self.transformer.config.guidance_embeds)
+        if not 0 <= guidance < float("inf") or (self.is_flux and (guidance > 0) != embeds):
+            takes = "above 0: this FLUX model takes guidance" if embeds else "0: this FLUX model has no guidance input"
+            raise ValueError(f"guidance={guidance}: must be {takes if self.is_flux else '0 or more'}")
+        return not self.is_flux and guidance > 1
+
+    def velocity(self, texts: Texts, height: int, width: int, guidance: float, empty: Texts | None = None,
+                 network: nn.Module | None = None) -> Velocity:
+        """v(x, t, c) of latents x in float32, rows of prompts texts[c]; the network computes in `dtype`.
 
         guidance       SD3: v = v_empty + guidance (v_text - v_empty) where above 1, in one batch of both halves; FLUX:
                        the model's guidance input, which a model without one must be given as 0
         empty          SD3 with guidance above 1: the Texts of the negative prompt, one row
+        network        another transformer of the same class (a reference policy); default: the pipeline's
         Raises ValueError where they do not fit together.
         """
-        network, config = self.transformer, self.transformer.config
-        split = not self.is_flux and guidance > 1
+        network, config, dtype = network or self.transformer, self.transformer.config, self.dtype
+        split = self.splits(guidance)
         if split != (empty is not None):
             raise ValueError(f"guidance={guidance}: the negative prompt must be given exactly for SD3 above 1")
-        if self.is_flux and (guidance > 0) != bool(config.guidance_embeds):
-            raise ValueError(f"guidance={guidance}: this FLUX model {'takes' if config.guidance_embeds else 'has no'} "
-                             f"guidance; must be {'above 0' if config.guidance_embeds else '0'}")
         self.shape(height, width)
         rows = height // self.pipe.vae_scale_factor // 2, width // self.pipe.vae_scale_factor // 2
 
         def told(part: Tensor, c: Tensor, x: Tensor) -> Tensor:
-            return part[c.to(part.device)].to(x.device, network.dtype)
+            return part[c.to(part.device)].to(x.device, dtype)
+
+        def casting(x: Tensor):
+            return torch.autocast(x.device.type, dtype) if self.autocast else nullcontext()
 
         def sd3(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             """Latents [B, C, h, w]; the network counts time to 1000."""
@@ -153,8 +240,9 @@ class Flow:
                 nothing = torch.zeros_like(c)
                 tokens, pooled = (torch.cat([told(e, nothing, x), part]) for e, part in zip(empty, (tokens, pooled)))
                 x, t = x.repeat(2, 1, 1, 1), t.repeat(2)
-            v = network(hidden_states=x.to(network.dtype), timestep=1000 * t, encoder_hidden_states=tokens,
-                        pooled_projections=pooled, return_dict=False)[0].float()
+            with casting(x):
+                v = network(hidden_states=x.to(dtype), timestep=1000 * t, encoder_hidden_states=tokens,
+                            pooled_projections=pooled, return_dict=False)[0].float()
             if split:
                 without, with_text = v.chunk(2)
                 v = without + guidance * (with_text - without)
@@ -165,21 +253,23 @@ class Flow:
             tokens, pooled = (told(part, c, x) for part in texts)
             at = torch.arange(rows[0], device=x.device), torch.arange(rows[1], device=x.device)
             y, z = torch.meshgrid(*at, indexing="ij")
-            places = torch.stack([torch.zeros_like(y), y, z], -1).flatten(0, 1).to(network.dtype)
-            words = torch.zeros(tokens.shape[1], 3, device=x.device, dtype=network.dtype)
+            places = torch.stack([torch.zeros_like(y), y, z], -1).flatten(0, 1).to(dtype)
+            words = torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype)
             how = torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
-            return network(hidden_states=x.to(network.dtype), timestep=t, guidance=how, pooled_projections=pooled,
-                           encoder_hidden_states=tokens, txt_ids=words, img_ids=places, return_dict=False)[0].float()
+            with casting(x):
+                return network(hidden_states=x.to(dtype), timestep=t, guidance=how, pooled_projections=pooled,
+                               encoder_hidden_states=tokens, txt_ids=words, img_ids=places,
+                               return_dict=False)[0].float()
 
         return flux if self.is_flux else sd3
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int, batch: int = 4) -> Tensor:
-        """Pictures float32 [B, 3, height, width] in [0, 1], `batch` latents through the VAE at a time."""
+        """Pictures float32 [B, 3, height, width] in [0, 1], `batch` latents (0: all) through the VAE at a time."""
         vae = self.pipe.vae
         if self.is_flux:
             latents = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        parts = (part.to(vae.device, vae.dtype) for part in latents.split(batch))
+        parts = (part.to(vae.device, vae.dtype) for part in latents.split(batch or len(latents)))
         pictures = [vae.decode(part, return_dict=False)[0].float() for part in parts]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

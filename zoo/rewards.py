@@ -1,159 +1,121 @@
-"""Rewards of pictures: reward(images float [B, 3, H, W] in [0, 1], prompts) -> float32 [B], higher is better.
+"""Rewards by name: reward(images float [B, 3, H, W] in [0, 1], B prompts) -> float [B], finite, higher is better.
 
-    name        model                                      score
-    clip        CLIPModel, e.g. openai/clip-vit-large-...  exp(logit_scale) cosine(image, prompt)
-    pickscore   CLIPModel, yuvalkirstain/PickScore_v1      the same
-    hpsv2       HPSv2.1, an open_clip state dict           cosine(image, prompt), longest side 224 on black
-
-All three are dual encoders run by transformers' CLIPModel. Preprocessing is done in torch, on the model's device, and
-repeats what PIL does to 8-bit pictures: bicubic, width first, rounded to 1/255 after each pass; it differs from PIL's
-by up to 2/255. Any other function with the signature above is a reward too. Correctness is shown on random weights of
-the architecture (tests/test_rewards.py); no score of a released checkpoint is claimed.
+    written as                       is
+    clip, pickscore, hpsv2           a dual encoder (zoo/dual_encoders.py) from its usual hub repository
+    clip=PLACE, clip=PLACE@REVISION  the same from a folder, a file or another repository, at a revision
+    rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1 (zoo/shapes.py)
+    module:function                  any function with the signature above, on whatever device it likes
+    ...:0.5                          any of these with a weight; the reward of a run is the weighted sum
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+from zoo import shapes
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
-VIT_H_14 = {  # HPSv2.1 and PickScore: ViT-H/14 at 224
-    "projection_dim": 1024,
-    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                    "projection_dim": 1024, "hidden_act": "gelu"},
-    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-                      "num_attention_heads": 16,
-                      "projection_dim": 1024, "hidden_act": "gelu", "patch_size": 14, "image_size": 224},
-}
+RULES = {"rule": shapes.reward, "right": shapes.right}
+ENCODERS = ("clip", "pickscore", "hpsv2")
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------
+class Spec(NamedTuple):
+    """A reward as written on the command line, taken apart."""
+
+    name: str  # one of the names above, or module:function
+    place: str  # of its weights; "" the usual
+    revision: str
+    weight: float
 
 
-def resized(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, [B, 3, height, width], as PIL does it: width, then height, each rounded to 1/255."""
-    for size in ((images.shape[2], width), (height, width)):
-        if size != tuple(images.shape[2:]):
-            images = interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-            images = (255 * images).round() / 255
-    return images
+def parse_one(text: str) -> Spec:
+    """The parts of `name[=place[@revision]][:weight]` or `module:function[:weight]`. ValueError for anything else."""
+    head, colon, last = text.rpartition(":")
+    try:
+        weight, body = (float(last), head) if colon else (1.0, text)
+    except ValueError:
+        weight, body = 1.0, text
+    name, _, place = body.partition("=")
+    place, _, revision = place.partition("@")
+    known = name in RULES or name in ENCODERS
+    if not (known or (name.count(":") == 1 and all(name.split(":")))) or ("=" in body) != bool(place) \
+            or (place and name not in ENCODERS):
+        raise ValueError(f"reward {text!r}: must be one of {', '.join((*RULES, *ENCODERS))}, or module:function, then "
+                         f"perhaps =place@revision for weights of a model, then perhaps :weight")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"reward {text!r}: its weight must be a positive number")
+    return Spec(name, place, revision, weight)
 
 
-def shortest_side(images: Tensor, side: int) -> Tensor:
-    """Resized so that the shorter side is `side`, then the centre square: [B, 3, side, side], as CLIP's processor."""
-    H, W = images.shape[2:]
-    height, width = (side, int(side * W / H)) if H <= W else (int(side * H / W), side)
-    images = resized((255 * images.float()).round() / 255, height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[:, :, top : top + side, left : left + side]
+def parse(texts: Sequence[str]) -> list[Spec]:
+    """The parts of each. Raises ValueError for a name given twice."""
+    specs = [parse_one(text) for text in texts]
+    for spec in specs:
+        if sum(spec.name == other.name for other in specs) > 1:
+            raise ValueError(f"reward {spec.name!r} is given twice; must be once, with one weight")
+    return specs
 
 
-def longest_side(images: Tensor, side: int) -> Tensor:
-    """Resized so that the longer side is `side`, centred on black: [B, 3, side, side], as open_clip's for HPSv2."""
-    H, W = images.shape[2:]
-    height, width = (round(z * side / max(H, W)) for z in (H, W))
-    images = resized((255 * images.float()).round() / 255, height, width)
-    left, top = (side - width) // 2, (side - height) // 2
-    return pad(images, (left, side - width - left, top, side - height - top))
+def load(spec: Spec, device: str | torch.device) -> Reward:
+    """The function of a spec, its model on the device. Raises ValueError, of one line, for what cannot be loaded."""
+    if spec.name in RULES:
+        return RULES[spec.name]
+    try:
+        if spec.name in ENCODERS:
+            from zoo import dual_encoders  # transformers takes seconds to import
+            return getattr(dual_encoders, spec.name)(spec.place, spec.revision or None).to(device)
+        module, _, function = spec.name.partition(":")
+        reward = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"reward {spec.name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    if not callable(reward):
+        raise ValueError(f"reward {spec.name!r}: must be a function")
+    return reward
 
 
-# ---- Dual encoders ---------------------------------------------------------------------------------------------
+class Rewards:
+    """Several rewards of the same pictures, `batch` at a time (0: all)."""
 
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float], batch: int = 0):
+        self.rewards, self.weights, self.batch = rewards, weights, batch
 
-class DualEncoder:
-    """cosine(image features, text features), times exp(logit_scale) if `scaled`."""
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{name: float32 [B] on the CPU}. ValueError, naming the prompt, for what is not one finite float an image."""
+        size, scores = self.batch or max(1, len(images)), {}
+        for name, reward in self.rewards.items():
+            parts = [self.checked(name, reward, images[i : i + size], list(prompts[i : i + size]))
+                     for i in range(0, len(images), size)]
+            scores[name] = torch.cat(parts)
+        return scores
 
-    def __init__(self, model: CLIPModel, tokenizer, prepare: Callable[[Tensor, int], Tensor], scaled: bool):
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.prepare, self.scaled = tokenizer, prepare, scaled
-
+    @staticmethod
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores float32 [B]. Raises ValueError for a shape that is not the contract's, or a score not finite."""
-        if images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
-            raise ValueError(f"images of shape {tuple(images.shape)} and {len(prompts)} prompts: must be [B, 3, H, "
-                             f"W], B "
-                             "prompts")
-        weight = self.model.logit_scale
-        pixels = self.prepare(images.to(weight.device), self.model.config.vision_config.image_size)
-        mean, std = (torch.tensor(z, device=weight.device).view(3, 1, 1) for z in (MEAN, STD))
-        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                               max_length=self.model.config.text_config.max_position_embeddings).to(weight.device)
-        image = self.model.get_image_features(pixel_values=((pixels - mean) / std).to(weight.dtype)).pooler_output
-        text = self.model.get_text_features(**words).pooler_output
-        score = torch.cosine_similarity(image.float(), text.float(), dim=-1)
-        score = score * weight.float().exp() if self.scaled else score
-        for prompt, value in zip(prompts, score.tolist(), strict=True):
+    def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+        values = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
+        if values.shape != (len(images),):
+            raise ValueError(f"reward {name!r} of prompt {prompts[0]!r} and the others of its batch has shape "
+                             f"{tuple(values.shape)}: must be one float an image, [{len(images)}]")
+        for prompt, value in zip(prompts, values.tolist(), strict=True):
             if not -float("inf") < value < float("inf"):
-                raise ValueError(f"reward of prompt {prompt!r} is {value}: must be a finite number")
-        return score
+                raise ValueError(f"reward {name!r} of prompt {prompt!r} is {value}: must be a finite number")
+        return values
+
+    def total(self, scores: dict[str, Tensor]) -> Tensor:
+        """sum_name weight_name scores[name], float32 [B]."""
+        return sum(self.weights[name] * values for name, values in scores.items())
 
 
-def clip(path: str, tokenizer: str = "", revision: str | None = None) -> DualEncoder:
-    """CLIP or PickScore from a folder or hub id. The tokenizer is the model's own unless another place is named."""
-    model = CLIPModel.from_pretrained(path, revision=revision, use_safetensors=True)
-    words = AutoTokenizer.from_pretrained(tokenizer or path, revision=None if tokenizer else revision)
-    return DualEncoder(model, words, shortest_side, scaled=True)
-
-
-pickscore = clip
-
-
-def hpsv2(path: str, tokenizer: str) -> DualEncoder:
-    """HPSv2.1 from the released state dict (.pt, or .safetensors), with CLIP's tokenizer from a folder or hub id."""
-    model = CLIPModel(CLIPConfig(**VIT_H_14))
-    model.load_state_dict(from_open_clip(state_dict(path)))
-    return DualEncoder(model, AutoTokenizer.from_pretrained(tokenizer), longest_side, scaled=False)
-
-
-def state_dict(path: str) -> dict[str, Tensor]:
-    """Tensors of a checkpoint; a pickle is read as weights alone, and runs no code."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded.get("state_dict", loaded)
-
-
-def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip ViT state dict under CLIPModel's names. Raises ValueError for a name that is none of its."""
-    top = {
-        "logit_scale": "logit_scale", "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "text_projection": "text_projection.weight", "ln_final.weight": "text_model.final_layer_norm.weight",
-        "ln_final.bias": "text_model.final_layer_norm.bias", "visual.proj": "visual_projection.weight",
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        **{f"visual.{a}.{z}": f"vision_model.{b}.{z}" for z in ("weight", "bias")
-           for a, b in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))},
-    }
-    inside = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-              "mlp.c_fc": "mlp.fc1",
-              "mlp.c_proj": "mlp.fc2"}
-    out = {}
-    for name, w in weights.items():
-        if name == "attn_mask":
-            continue  # a buffer of older files: the causal mask
-        if name in top:
-            out[top[name]] = w.T.contiguous() if name in ("text_projection", "visual.proj") else w
-            continue
-        tower, _, rest = name.rpartition("transformer.resblocks.")
-        layer, _, part = rest.partition(".")
-        prefix = f"{'vision' if tower == 'visual.' else 'text'}_model.encoder.layers.{layer}."
-        module, _, kind = part.rpartition(".")
-        if part in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            for letter, third in zip("qkv", w.chunk(3), strict=True):
-                out[f"{prefix}self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = third.contiguous()
-        elif tower in ("", "visual.") and layer.isdigit() and module in inside:
-            out[f"{prefix}{inside[module]}.{kind}"] = w
-        else:
-            raise ValueError(f"weight {name!r}: is none of an open_clip ViT's")
-    return out
+def load_all(lists: Sequence[Sequence[str]], device: str | torch.device = "cpu", batch: int = 0) -> list[Rewards]:
+    """Rewards for each list as written on the command line; what several name is loaded once."""
+    parsed, loaded = [parse(texts) for texts in lists], {}
+    for spec in (spec for specs in parsed for spec in specs):
+        if spec[:3] not in loaded:
+            loaded[spec[:3]] = load(spec, device)
+    return [Rewards({spec.name: loaded[spec[:3]] for spec in specs}, {spec.name: spec.weight for spec in specs}, batch)
+            for specs in parsed]

@@ -360,6 +360,11 @@ def reward(images: Tensor, prompts: list[str]) -> Tensor:
     return judge(images, prompts).score
 
 
+def right(images: Tensor, prompts: list[str]) -> Tensor:
+    """By the same contract, whether the rule is fully met: float [B], 0 or 1."""
+    return judge(images, prompts).right.float()
+
+
 class Accuracy(NamedTuple):
     """Shares in [0, 1] of drawn pictures on which the rule is right."""
 
