@@ -28,26 +28,23 @@ import shlex
 import signal
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain, cycle, product, zip_longest
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import policies, shapes, shapes_model
-from zoo import prompts as prompt_files
+from zoo import pictures, policies, shapes, shapes_model
 from zoo import rewards as zoo_rewards
+from zoo.prompts import IMAGES_PER_PROMPT, Prompts, generator_of
 
 # ---- Options -----------------------------------------------------------------------------------------------
 
@@ -149,7 +146,7 @@ def settle(given: dict) -> Options:
         if given.get("preset", preset) != preset:
             raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")
         defaults = RELEASED | own | ({"tune": "full"} if "preset" in given else {})
-        defaults["lr"] = LR.get(given.get("tune", defaults["tune"]), 0)
+        defaults["lr"] = LR.get(given.get("tune", defaults["tune"]), LR["lora"])
         defaults["eval_reward"] = given.get("reward", ())
     return Options(**(defaults | given))
 
@@ -246,15 +243,16 @@ def check(o: Options, given: set[str]) -> None:
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")
     pave.check_factors(o.factors)
-    data, specs = data_of(o), [zoo_rewards.parse(texts) for texts in (o.reward, o.eval_reward)]
-    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
-    if not o.model:
-        shapes_model.tokenize([*data.train, *data.heldout, *o.prompt])
-    if o.sample or {spec.name for named in specs for spec in named} & set(zoo_rewards.RULES):
-        for prompt in (*data.train, *data.heldout, *o.prompt):
-            shapes.parse(prompt)
+    data, specs = prompts_of(o), [spec for texts in (o.reward, o.eval_reward) for spec in zoo_rewards.parse(texts)]
+    asked = (*data.train, *data.heldout, *o.prompt)
+    if o.sample or any(spec.name in zoo_rewards.RULES for spec in specs):
         if o.model:
             raise ValueError("--reward, --eval-reward: 'rule' and 'right' judge the embedded world only")
+        for prompt in asked:
+            shapes.parse(prompt)
+    if not o.model:
+        shapes_model.tokenize(list(asked))
+    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
 
 
 def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Released:
@@ -265,6 +263,11 @@ def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Releas
         o.model, o.revision or None, size=o.size, guidance=o.guidance, dtype=getattr(torch, o.dtype), sigmas=o.sigmas,
         shift=o.shift, tune=o.tune, rank=o.rank, alpha=o.alpha, seed=o.seed, checkpointing=o.checkpointing,
         reference=o.kl > 0, decode_batch=o.decode_batch, world=world)
+
+
+def prompts_of(o: Options) -> Prompts:
+    """Those of the files, or the embedded world's. Raises ValueError of one line."""
+    return Prompts.of_files(o.prompts, o.eval_prompts) if o.prompts else Prompts()
 
 
 def make_process(o: Options, policy) -> pave.Process:
@@ -296,7 +299,7 @@ class Ranks:
             torch.backends.cudnn.allow_tf32 = False  # convolutions in true float32, as on the CPU
         if o.threads:
             torch.set_num_threads(o.threads)
-        if world > 1:
+        if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, world, device)
 
@@ -319,69 +322,20 @@ class Ranks:
                 p.grad /= self.world
 
 
-# ---- Prompts and noise -------------------------------------------------------------------------------------
-
-IMAGES_PER_PROMPT = 4  # of a held-out prompt, each from its own noise: diversity is measured among them
+# ---- Prompts of a run ---------------------------------------------------------------------------------------
 
 
-class Data(NamedTuple):
-    """Prompts to train on and to judge by, and what was noticed about their files."""
-
-    train: list[str]
-    heldout: list[str]
-    report: list[str]
-
-
-def data_of(o: Options) -> Data:
-    """The prompts of the files, or the embedded world's. Raises ValueError where one is in both files."""
-    if not o.prompts:
-        return Data(list(shapes.TRAIN_PROMPTS), list(shapes.HELDOUT_PROMPTS), [])
-    (train, one), (heldout, two) = map(prompt_files.read, (o.prompts, o.eval_prompts))
-    for prompt in set(train).intersection(heldout):
-        raise ValueError(f"--eval-prompts {o.eval_prompts}: {prompt!r} is a training prompt; must be held out")
-    return Data(train, heldout, one + two)
-
-
-def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator of its own stream for every tuple of integers, of any length (SeedSequence pads with zeros)."""
-    state = np.random.SeedSequence((len(key), *key)).generate_state(1)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
-def drawn_prompts(o: Options, data: Data, iteration: int, ranks: Ranks) -> tuple[list[str], list[torch.Generator]]:
+def drawn_prompts(o: Options, data: Prompts, iteration: int, ranks: Ranks) -> tuple[list[str], list[torch.Generator]]:
     """This rank's prompts of an iteration, and their generators, which the noise is drawn from next."""
     generators = [generator_of(o.seed, iteration, i) for i in ranks.share(o.prompts_per_iteration)]
-    return [data.train[int(torch.randint(len(data.train), (), generator=g))] for g in generators], generators
+    return [data.draw(generator) for generator in generators], generators
 
 
-def heldout_prompts(data: Data) -> list[str]:
-    """All held-out prompts in their fixed random order."""
-    return [data.heldout[i] for i in torch.randperm(len(data.heldout), generator=generator_of(0)).tolist()]
-
-
-def heldout_pairs(data: Data, shape: tuple[int, ...], n: int) -> tuple[list[str], Tensor]:
-    """The first n of the fixed (prompt, noise) pairs: IMAGES_PER_PROMPT noises for each held-out prompt, in turn."""
-    turns = [prompt for _, prompt in zip(range(n // IMAGES_PER_PROMPT), cycle(heldout_prompts(data)))]
-    noise = [torch.randn(IMAGES_PER_PROMPT, *shape, generator=generator_of(0, j)) for j in range(len(turns))]
-    return [prompt for prompt in turns for _ in range(IMAGES_PER_PROMPT)], torch.cat(noise)
-
-
-def shown_pairs(data: Data, policy, n: int = 8) -> tuple[list[str], Tensor]:
-    """Up to n held-out prompts, as many of each kind, with their noise [n, 4, *shape]: what before_after.png shows."""
-    kinds: dict[str, list[str]] = {}
-    for prompt in heldout_prompts(data):
-        kinds.setdefault(policy.kind(prompt), []).append(prompt)
-    in_turn = [prompt for turn in zip_longest(*kinds.values()) for prompt in turn if prompt][:n]
-    prompts = sorted(in_turn, key=policy.kind)
-    return prompts, torch.stack([torch.randn(4, *policy.shape, generator=generator_of(1, i))
-                                 for i in range(len(prompts))])
-
-
-def needed_prompts(o: Options, policy, data: Data, ranks: Ranks) -> list[str]:
+def needed_prompts(o: Options, policy, data: Prompts, ranks: Ranks) -> list[str]:
     """Every prompt this rank will ask for in the whole run: what has to be encoded, once."""
     drawn = [p for i in range(1, o.iterations + 1) for p in drawn_prompts(o, data, i, ranks)[0]]
-    judged = heldout_prompts(data)[: o.heldout // IMAGES_PER_PROMPT]
-    return list(dict.fromkeys([*drawn, *judged, *shown_pairs(data, policy)[0]]))
+    judged = data.in_order()[: o.heldout // IMAGES_PER_PROMPT]
+    return list(dict.fromkeys([*drawn, *judged, *data.shown(policy.shape, policy.kind)[0]]))
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -401,14 +355,14 @@ def draw(o: Options, policy, prompts: list[str], noise: Tensor, steps: int, devi
     return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device))).cpu()
 
 
-def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Data, steps_list: tuple[int, ...],
+def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts, steps_list: tuple[int, ...],
                   ranks: Ranks) -> dict:
     """Means over the held-out pairs: {"heldout": {T: {judge: mean}}, "family": {kind: mean}, "diversity": distance}.
 
     Family is of the first judge; it and diversity are of the first T. Diversity is the root mean square pixel distance
     between images of one prompt from different noise, averaged over pairs and prompts.
     """
-    prompts, noise = heldout_pairs(data, policy.shape, o.heldout)
+    prompts, noise = data.pairs(policy.shape, o.heldout)
     n, size = len(prompts), min(o.eval_batch, len(prompts))
     starts = list(range(0, n, size))
     # In every round every rank draws as many images, some for nothing: a sharded network needs all ranks at once.
@@ -436,61 +390,13 @@ def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Data, s
     }
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """Images [rows, n, 3, H, W] of one moment, and the first judge's scores [rows, n]."""
-
-    images: Tensor
-    scores: Tensor
-
-
 def draw_block(o: Options, policy, judges: zoo_rewards.Rewards, prompts: list[str], noise: Tensor,
-               device: torch.device) -> Block:
+               device: torch.device) -> pictures.Block:
     """A row per prompt, from its noise [rows, n, *shape], by the first number of --eval-steps."""
     grid = noise.shape[:2]
     owners = [prompt for prompt in prompts for _ in range(grid[1])]
     images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], device)
-    return Block(images.unflatten(0, grid), next(iter(judges(images, owners).values())).unflatten(0, grid))
-
-
-def draw_grid(columns: dict[str, Block], prompts: list[str], path: Path) -> None:
-    """One row per prompt, one block per column title; each image has its score: right or wrong if it is 1 or 0."""
-    rows, (n, _, _, W) = len(prompts), next(iter(columns.values())).images.shape[1:]
-    side = 0.9 if W <= 64 else 1.8  # inches
-    figure = Figure(figsize=(side * n * len(columns) + 2.6, side * rows + 0.5))
-    axes = figure.subplots(rows, n * len(columns), squeeze=False)
-    for column, (title, block) in enumerate(columns.items()):
-        for i, j in product(range(rows), range(n)):
-            ax, score = axes[i, column * n + j], block.scores[i, j].item()
-            mark, colour = {1: ("✓", "#2a7f3b"), 0: ("✗", "#c0392b")}.get(score, (f"{score:.3g}", "#1f5fa8"))
-            ax.imshow(block.images[i, j].permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            for edge in ax.spines.values():
-                edge.set(color=colour, linewidth=2)
-            ax.text(0.97, 0.03, mark, transform=ax.transAxes, ha="right", va="bottom", color=colour, fontsize=11,
-                    fontweight="bold")
-        axes[0, column * n].set_title(title, loc="left", fontsize=11)
-    for i, prompt in enumerate(prompts):
-        axes[i, 0].set_ylabel(textwrap.fill(prompt, 22, max_lines=6), rotation=0, ha="right", va="center", fontsize=8)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-
-
-def draw_curve(lines: list[dict], judge: str, path: Path) -> None:
-    """Training reward and the first judge's held-out mean against iterations."""
-    figure = Figure(figsize=(6, 3.4))
-    ax = figure.subplots()
-    for name, style, colour, label in (("reward", "-", "0.45", "reward of the rollouts"),
-                                       (f"heldout_{judge}", "o-", "#1f5fa8", f"held-out prompts, {judge}")):
-        points = [(m["iteration"], m[name]) for m in lines if name in m]
-        ax.plot([i for i, _ in points], [y for _, y in points], style, color=colour, label=label)
-    ax.set(xlabel="iteration", ylabel="mean")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return pictures.Block(images.unflatten(0, grid), next(iter(judges(images, owners).values())).unflatten(0, grid))
 
 
 # ---- What an iteration costs -------------------------------------------------------------------------------
@@ -589,7 +495,7 @@ def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[
                    advantages[p, own, members], p, math.prod(x_t.shape[:3]) / (P * n * A))
 
 
-def iterate(o: Options, iteration: int, policy, rewards: zoo_rewards.Rewards, data: Data, optimizer, average,
+def iterate(o: Options, iteration: int, policy, rewards: zoo_rewards.Rewards, data: Prompts, optimizer, average,
             ranks: Ranks) -> dict:
     """One iteration of Algorithm 1 on this rank's prompts. Returns this rank's metrics."""
     process, device = make_process(o, policy), ranks.device
@@ -666,7 +572,7 @@ def merge(parts: list[dict]) -> dict:
 class Run:
     """The run folder, which only rank 0 writes: config.json, metrics.jsonl, pictures, weights, summary.json."""
 
-    def __init__(self, o: Options, policy, judges: zoo_rewards.Rewards, data: Data, ranks: Ranks):
+    def __init__(self, o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts, ranks: Ranks):
         self.o, self.policy, self.judges, self.data, self.ranks = o, policy, judges, data, ranks
         self.lines, self.columns, self.began = [], {}, time.perf_counter()
         self.summary: dict = {"heldout": {}, "heldout_family": {}, "diversity": {}}
@@ -687,11 +593,11 @@ class Run:
 
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and now."""
-        prompts, noise = shown_pairs(self.data, self.policy)
+        prompts, noise = self.data.shown(self.policy.shape, self.policy.kind)
         block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks.device)
         self.columns = dict([*list(self.columns.items())[:1], (title, block)])
         if self.ranks.rank == 0:
-            draw_grid(self.columns, prompts, self.folder / "before_after.png")
+            pictures.draw_grid(self.columns, prompts, self.folder / "before_after.png")
 
     def judge(self, when: str = "") -> dict:
         """Held-out figures as a log line: of the first number of steps or, kept as summary["heldout"][when], of all."""
@@ -716,7 +622,7 @@ class Run:
         saved = self.policy.save(self.folder if self.ranks.rank == 0 else Path(), self.ranks.rank == 0)
         if self.ranks.rank > 0:
             return
-        draw_curve(self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png")
+        pictures.draw_curve(self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png")
         packages = ("torch", "numpy", "diffusers", "transformers", "peft") if o.model else ("torch", "numpy")
         versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
         cuda = self.ranks.device.type == "cuda"
@@ -730,7 +636,7 @@ class Run:
         (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
 
 
-def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.Rewards, data: Data,
+def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.Rewards, data: Prompts,
           ranks: Ranks) -> None:
     """Judge, align, judge again. The first Ctrl-C ends the run after the iteration it falls in; all of it is kept."""
     run, stop = Run(o, policy, judges, data, ranks), []
@@ -778,11 +684,15 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate, sample, print the cost, or train: what the command line says."""
     o = parse(argv)
     ranks = Ranks.start(o)
-    policy, data = policy_of(o, ranks.world), data_of(o)
+    ranks.gather(None)  # every rank has found --out empty before one writes there
+    policy, data = policy_of(o, ranks.world), prompts_of(o)
     if not (o.evaluate or o.sample) and ranks.rank == 0:
         print("\n".join([*data.report, describe(o, policy, ranks)]), flush=True)
     if not o.dry_run:
-        rewards, judges = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
+        try:
+            rewards, judges = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
+        except ValueError as problem:
+            Parser().error(str(problem))
         if o.evaluate or o.sample:
             policy.load((), ranks.device, ranks.world)
         if o.evaluate:
@@ -803,7 +713,7 @@ def sample(o: Options, policy, judges: zoo_rewards.Rewards, ranks: Ranks) -> Non
     noise = torch.stack([torch.randn(8, *policy.shape, generator=generator_of(o.seed, i))
                          for i in range(len(o.prompt))])
     block = draw_block(o, policy, judges, list(o.prompt), noise, ranks.device)
-    draw_grid({f"{o.eval_steps[0]} ODE steps": block}, list(o.prompt), folder / "samples.png")
+    pictures.draw_grid({f"{o.eval_steps[0]} ODE steps": block}, list(o.prompt), folder / "samples.png")
     print(f"look at {folder / 'samples.png'}")
 
 

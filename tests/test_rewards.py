@@ -1,14 +1,14 @@
 """Rewards as dual encoders: preprocessing against PIL's, the key map against open_clip's arithmetic written out."""
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from zoo import rewards
+from zoo import dual_encoders, rewards
+from zoo import random_pipelines as pipelines
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "hidden_act": "gelu"}
@@ -51,8 +51,8 @@ def test_preprocessing_is_that_of_the_reference_processor(height, width):
     x = pictures(1, height, width)
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     wanted = processor(as_pil(x), return_tensors="pt")["pixel_values"]
-    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (rewards.MEAN, rewards.STD))
-    ours = rewards.shortest_side(x, 28)
+    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (dual_encoders.MEAN, dual_encoders.STD))
+    ours = dual_encoders.shortest_side(x, 28)
     assert (ours - (wanted * std + mean)).abs().max() <= 2.01 / 255
 
 
@@ -60,7 +60,7 @@ def test_preprocessing_is_that_of_the_reference_processor(height, width):
 def test_hps_preprocessing_is_that_of_pil(height, width):
     """Longest side, bicubic, centred on black, within 2/255 of PIL."""
     x = pictures(2, height, width)
-    ours, side = rewards.longest_side(x, 28), 28
+    ours, side = dual_encoders.longest_side(x, 28), 28
     for picture, ours_one in zip(as_pil(x), ours, strict=True):
         w, h = (round(z * side / max(height, width)) for z in (width, height))
         canvas = Image.new("RGB", (side, side))
@@ -73,7 +73,7 @@ def test_clip_is_the_models_own_logits(encoder):
     """exp(logit_scale) cosine, as CLIPModel gives it on its processor's pictures; rows belong to their prompts."""
     folder, model, words = encoder
     x = pictures(3, 28, 28)  # no resizing: the same pixels
-    reward = rewards.clip(str(folder))
+    reward = dual_encoders.clip(str(folder))
     processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
                               words)
     given = processor(text=PROMPTS, images=as_pil(x), return_tensors="pt", padding="max_length", max_length=20)
@@ -136,15 +136,17 @@ def random_open_clip(vocabulary):
 
 def test_hpsv2_from_an_open_clip_state_dict(encoder, tmp_path, monkeypatch):
     """The key map, the transposes, the end token and the missing scale, against open_clip's arithmetic."""
-    folder, model, words = encoder
+    _, model, words = encoder
     w = random_open_clip(len(words))
     torch.save({"epoch": 1, "state_dict": w}, tmp_path / "hps.pt")
     config = model.config.to_dict()
-    monkeypatch.setattr(rewards, "VIT_H_14", {k: config[k] for k in ("projection_dim", "text_config", "vision_config")})
-    reward = rewards.hpsv2(str(tmp_path / "hps.pt"), str(folder))
+    sizes = {k: config[k] for k in ("projection_dim", "text_config", "vision_config")}
+    monkeypatch.setattr(dual_encoders, "VIT_H_14", sizes)
+    words.save_pretrained(tmp_path)  # the tokenizer beside the weights is taken
+    reward = dual_encoders.hpsv2(str(tmp_path / "hps.pt"))
     x = pictures(5, 28, 28)
     tokens = words(PROMPTS, padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
-    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (rewards.MEAN, rewards.STD))
+    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (dual_encoders.MEAN, dual_encoders.STD))
     wanted = open_clip_forward(w, (x - mean) / std, tokens)
     assert (reward(x, PROMPTS) - wanted).abs().max() <= 1e-5 and wanted.std() > 1e-3
 
@@ -153,12 +155,60 @@ def test_what_is_no_reward_is_refused(encoder, tmp_path):
     """A pickle with code, an unknown weight, a wrong shape, a score that is no number: one line each."""
     folder = encoder[0]
     with pytest.raises(ValueError, match=r"weight 'visual\.stem\.weight': is none of an open_clip ViT's"):
-        rewards.from_open_clip({"visual.stem.weight": torch.zeros(1)})
+        dual_encoders.from_open_clip({"visual.stem.weight": torch.zeros(1)})
     torch.save({"state_dict": {"x": print}}, tmp_path / "code.pt")
     with pytest.raises(Exception, match=r"[Ww]eights"):
-        rewards.state_dict(str(tmp_path / "code.pt"))
-    reward = rewards.clip(str(folder))
+        dual_encoders.state_dict(str(tmp_path / "code.pt"))
+    reward = dual_encoders.clip(str(folder))
     with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
         reward(pictures(6, 28, 28), PROMPTS[:2])
-    with pytest.raises(ValueError, match="reward of prompt 'red' is nan"):
-        reward(pictures(6, 28, 28) * float("nan"), PROMPTS)
+    with pytest.raises(ValueError, match=r"reward 'hpsv2': cannot be loaded \(.*[Ww]eights"):
+        rewards.load_all([[f"hpsv2={tmp_path / 'code.pt'}"]])
+    (checked,) = rewards.load_all([[f"clip={folder}"]])
+    with pytest.raises(ValueError, match="reward 'clip' of prompt 'red' is nan"):
+        checked(pictures(6, 28, 28) * float("nan"), PROMPTS)
+
+
+# ---- Rewards by name -------------------------------------------------------------------------------------------
+
+
+def test_a_reward_is_taken_apart():
+    """Names, places, revisions, weights, functions; what is none of these is refused."""
+    for text, wanted in {
+        "clip": ("clip", "", "", 1.0), "clip:0.5": ("clip", "", "", 0.5), "hpsv2=a/b@r1:2": ("hpsv2", "a/b", "r1", 2.0),
+        "pickscore=/x/y": ("pickscore", "/x/y", "", 1.0), "my.module:f": ("my.module:f", "", "", 1.0),
+        "my.module:f:1e-2": ("my.module:f", "", "", 0.01), "rule:3": ("rule", "", "", 3.0),
+    }.items():
+        assert rewards.parse_one(text) == wanted
+    for bad in ("", "hps", "clip:", "clip:0", "clip:-1", "clip:inf", "clip:nan", "clip=:1", "rule=x", "a:b:c", ":f",
+                "m:f=x"):
+        with pytest.raises(ValueError, match="reward "):
+            rewards.parse_one(bad)
+    with pytest.raises(ValueError, match="given twice"):
+        rewards.parse(["clip:1", "clip=x:2"])
+
+
+def test_weighted_sums_in_batches_and_one_model_for_two_uses(encoder):
+    """total = sum of weight times score whatever the batch; a model that two lists name is loaded once."""
+    folder, x = encoder[0], pictures(7, 40, 30)
+    lists = [[f"clip={folder}:0.5", "zoo.example_reward:warmth:3"], [f"clip={folder}"]]
+    for batch in (0, 1, 2, 5):
+        mine, judge = rewards.load_all(lists, batch=batch)
+        scores = mine(x, PROMPTS)
+        wanted = 0.5 * dual_encoders.clip(str(folder))(x, PROMPTS) + 3 * (x[:, 0] - x[:, 2]).mean((1, 2))
+        assert list(scores) == ["clip", "zoo.example_reward:warmth"] and scores["clip"].dtype == torch.float32
+        torch.testing.assert_close(mine.total(scores), wanted, rtol=1e-5, atol=1e-5)
+        assert judge.rewards["clip"] is mine.rewards["clip"]
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (torch.tensor([1.0, float("inf"), 0.0]), "of prompt 'a square' is inf: must be a finite number"),
+    (torch.tensor([1.0, 2.0]), r"has shape \(2,\): must be one float an image, \[3\]"),
+    (torch.zeros(3, 1), r"has shape \(3, 1\)"),
+])
+def test_a_reward_that_breaks_its_contract_stops_with_the_prompt_named(values, said):
+    """One finite float per image, or one line."""
+    with pytest.raises(ValueError, match=f"reward 'mine' .*{said}"):
+        rewards.Rewards({"mine": lambda images, prompts: values}, {"mine": 1.0})(pictures(8, 28, 28), PROMPTS)
+    listed = rewards.Rewards({"mine": lambda images, prompts: [1, 2, 3]}, {"mine": 1.0})  # numbers will do
+    assert listed(pictures(8, 28, 28), PROMPTS)["mine"].tolist() == [1, 2, 3]

@@ -1,12 +1,12 @@
 """LoRA on tiny pipelines: the first policy, the reference, the KL, and what plain diffusers loads."""
 
-import pipelines
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 import pave_grpo as pg
 from zoo import diffusion, tuning
+from zoo import random_pipelines as pipelines
 
 FAMILIES = {"sd3": pipelines.sd3, "flux": lambda folder: pipelines.flux(folder, True)}
 PROMPTS = ["two red circles", "a dog"]

@@ -149,7 +149,8 @@ class Released:
             self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, seed=self.seed)
             return self
         if self.with_reference:
-            self.reference = copy.deepcopy(network).to(self.dtype)
+            with diffusion.quiet():
+                self.reference = copy.deepcopy(network).to(self.dtype)
         network.requires_grad_(True)
         mesh = init_device_mesh(device.type, (world,)) if self.sharded else None
         for module in filter(None, (network, self.reference)):

@@ -11,10 +11,12 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from zoo import shapes
@@ -72,7 +74,8 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
             return getattr(dual_encoders, spec.name)(spec.place, spec.revision or None).to(device)
         module, _, function = spec.name.partition(":")
         reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+    except (ImportError, AttributeError, OSError, ValueError, RuntimeError, SafetensorError,
+            pickle.UnpicklingError) as error:
         raise ValueError(f"reward {spec.name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
     if not callable(reward):
         raise ValueError(f"reward {spec.name!r}: must be a function")

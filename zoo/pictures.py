@@ -1,0 +1,56 @@
+"""The pictures a run leaves: images with their scores, before and after, and the curve in between."""
+
+from __future__ import annotations
+
+import textwrap
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Images [rows, n, 3, H, W] of one moment, and the first judge's scores [rows, n]."""
+
+    images: Tensor
+    scores: Tensor
+
+
+def draw_grid(columns: dict[str, Block], prompts: list[str], path: Path) -> None:
+    """One row per prompt, one block per column title; each image has its score: right or wrong if it is 1 or 0."""
+    rows, (n, _, _, W) = len(prompts), next(iter(columns.values())).images.shape[1:]
+    side = 0.9 if W <= 64 else 1.8  # inches
+    figure = Figure(figsize=(side * n * len(columns) + 2.6, side * rows + 0.5))
+    axes = figure.subplots(rows, n * len(columns), squeeze=False)
+    for column, (title, block) in enumerate(columns.items()):
+        for i, j in product(range(rows), range(n)):
+            ax, score = axes[i, column * n + j], block.scores[i, j].item()
+            mark, colour = {1: ("✓", "#2a7f3b"), 0: ("✗", "#c0392b")}.get(score, (f"{score:.3g}", "#1f5fa8"))
+            ax.imshow(block.images[i, j].permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            for edge in ax.spines.values():
+                edge.set(color=colour, linewidth=2)
+            ax.text(0.97, 0.03, mark, transform=ax.transAxes, ha="right", va="bottom", color=colour, fontsize=11,
+                    fontweight="bold")
+        axes[0, column * n].set_title(title, loc="left", fontsize=11)
+    for i, prompt in enumerate(prompts):
+        axes[i, 0].set_ylabel(textwrap.fill(prompt, 22, max_lines=6), rotation=0, ha="right", va="center", fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curve(lines: list[dict], judge: str, path: Path) -> None:
+    """Training reward and the first judge's held-out mean against iterations."""
+    figure = Figure(figsize=(6, 3.4))
+    ax = figure.subplots()
+    for name, style, colour, label in (("reward", "-", "0.45", "reward of the rollouts"),
+                                       (f"heldout_{judge}", "o-", "#1f5fa8", f"held-out prompts, {judge}")):
+        points = [(m["iteration"], m[name]) for m in lines if name in m]
+        ax.plot([i for i, _ in points], [y for _, y in points], style, color=colour, label=label)
+    ax.set(xlabel="iteration", ylabel="mean")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
