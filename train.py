@@ -67,7 +67,7 @@ class Options:
     prompts: str = option("", "training prompts, a text file, one per line", metavar="FILE")
     eval_prompts: str = option("", "held-out prompts, likewise; none may be a training prompt", metavar="FILE")
     reward: tuple[str, ...] = option(("rule",), "rewards to ascend, NAME[=PLACE[@REVISION]][:WEIGHT], summed: clip, "
-                                     "pickscore, hpsv2, rule, right, or module:function", metavar="REWARD")
+                                     "pickscore, hpsv2, imagereward, rule, right, or module:function", metavar="REWARD")
     eval_reward: tuple[str, ...] = option(("right", "rule"), "rewards that judge held-out prompts, the first also in "
                                           "pictures; with --model default: those of --reward", metavar="REWARD")
     iterations: int = option(40, "training iterations, >= 1")

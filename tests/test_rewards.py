@@ -1,5 +1,9 @@
 """Rewards as dual encoders: preprocessing against PIL's, the key map against open_clip's arithmetic written out."""
 
+import sys
+import types
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from zoo import dual_encoders, rewards
+from zoo import dual_encoders, hpsv3, imagereward, rewards
 from zoo import random_pipelines as pipelines
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -149,6 +153,138 @@ def test_hpsv2_from_an_open_clip_state_dict(encoder, tmp_path, monkeypatch):
     mean, std = (torch.tensor(z).view(3, 1, 1) for z in (dual_encoders.MEAN, dual_encoders.STD))
     wanted = open_clip_forward(w, (x - mean) / std, tokens)
     assert (reward(x, PROMPTS) - wanted).abs().max() <= 1e-5 and wanted.std() > 1e-3
+
+
+# ---- ImageReward, HPSv3 ----------------------------------------------------------------------------------------
+
+
+def attended(w, prefix, x, y, heads, mask=None):
+    """BERT's attention of x to y, its output projection, residual and normalisation, written out."""
+    q, k, v = (z @ w[f"{prefix}.self.{n}.weight"].T + w[f"{prefix}.self.{n}.bias"]
+               for n, z in (("query", x), ("key", y), ("value", y)))
+    q, k, v = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (q, k, v))
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    logits = logits if mask is None else logits.masked_fill(~mask[:, None, None], -torch.inf)
+    h = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    h = h @ w[f"{prefix}.output.dense.weight"].T + w[f"{prefix}.output.dense.bias"]
+    return layer_norm(x + h, x.shape[-1:], w[f"{prefix}.output.LayerNorm.weight"],
+                      w[f"{prefix}.output.LayerNorm.bias"], 1e-12)
+
+
+def imagereward_forward(w, pixels, ids, mask, heads=4):
+    """The released arithmetic under the released names: ViT, BERT with cross-attention, five linear maps."""
+    at = {name.removeprefix("blip.visual_encoder."): z for name, z in w.items()}
+    x = torch.nn.functional.conv2d(pixels, at["patch_embed.proj.weight"], at["patch_embed.proj.bias"], stride=14)
+    x = torch.cat([at["cls_token"].expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1) + at["pos_embed"]
+    for i in range(2):
+        z = {name.removeprefix(f"blocks.{i}."): value for name, value in at.items()}
+        h = layer_norm(x, x.shape[-1:], z["norm1.weight"], z["norm1.bias"], 1e-6)
+        q, k, v = (h @ z["attn.qkv.weight"].T + z["attn.qkv.bias"]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        h = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + h @ z["attn.proj.weight"].T + z["attn.proj.bias"]
+        h = layer_norm(x, x.shape[-1:], z["norm2.weight"], z["norm2.bias"], 1e-6)
+        h = gelu(h @ z["mlp.fc1.weight"].T + z["mlp.fc1.bias"])
+        x = x + h @ z["mlp.fc2.weight"].T + z["mlp.fc2.bias"]
+    seen = layer_norm(x, x.shape[-1:], at["norm.weight"], at["norm.bias"], 1e-6)
+    t = {name.removeprefix("blip.text_encoder."): z for name, z in w.items()}
+    y = t["embeddings.word_embeddings.weight"][ids] + t["embeddings.position_embeddings.weight"][: ids.shape[1]]
+    y = layer_norm(y, y.shape[-1:], t["embeddings.LayerNorm.weight"], t["embeddings.LayerNorm.bias"], 1e-12)
+    for i in range(2):
+        here = f"encoder.layer.{i}."
+        y = attended(t, f"{here}attention", y, y, heads, mask.bool())
+        y = attended(t, f"{here}crossattention", y, seen, heads)
+        h = gelu(y @ t[f"{here}intermediate.dense.weight"].T + t[f"{here}intermediate.dense.bias"])
+        h = h @ t[f"{here}output.dense.weight"].T + t[f"{here}output.dense.bias"]
+        norm = t[f"{here}output.LayerNorm.weight"], t[f"{here}output.LayerNorm.bias"]
+        y = layer_norm(y + h, y.shape[-1:], *norm, 1e-12)
+    z = y[:, 0]
+    for i in (0, 2, 4, 6, 7):
+        z = z @ w[f"mlp.layers.{i}.weight"].T + w[f"mlp.layers.{i}.bias"]
+    return (z[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def random_imagereward(vocabulary, wide=32, seen=48):
+    """A random state dict with the released names."""
+    g = torch.Generator().manual_seed(9)
+    w = {"blip.visual_encoder.cls_token": 0.2 * torch.randn(1, 1, seen, generator=g),
+         "blip.visual_encoder.pos_embed": 0.2 * torch.randn(1, 5, seen, generator=g),
+         "blip.text_encoder.embeddings.word_embeddings.weight": torch.randn(vocabulary, wide, generator=g),
+         "blip.text_encoder.embeddings.position_embeddings.weight": torch.randn(512, wide, generator=g),
+         "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+
+    def add(name, *shape):
+        w[f"{name}.weight"] = 0.2 * torch.randn(*shape, generator=g) + (len(shape) == 1)
+        w[f"{name}.bias"] = 0.2 * torch.randn(shape[0], generator=g)
+
+    v, t = "blip.visual_encoder.", "blip.text_encoder."
+    add(f"{v}patch_embed.proj", seen, 3, 14, 14)
+    add(f"{v}norm", seen)
+    add(f"{t}embeddings.LayerNorm", wide)
+    add("blip.vision_proj", 8, seen)
+    for i in range(2):
+        for name, shape in (("norm1", (seen,)), ("norm2", (seen,)), ("attn.qkv", (3 * seen, seen)),
+                            ("attn.proj", (seen, seen)), ("mlp.fc1", (40, seen)), ("mlp.fc2", (seen, 40))):
+            add(f"{v}blocks.{i}.{name}", *shape)
+        for kind, width in (("attention", wide), ("crossattention", seen)):
+            for name, of in (("query", wide), ("key", width), ("value", width)):
+                add(f"{t}encoder.layer.{i}.{kind}.self.{name}", wide, of)
+            add(f"{t}encoder.layer.{i}.{kind}.output.dense", wide, wide)
+            add(f"{t}encoder.layer.{i}.{kind}.output.LayerNorm", wide)
+        add(f"{t}encoder.layer.{i}.intermediate.dense", 56, wide)
+        add(f"{t}encoder.layer.{i}.output.dense", wide, 56)
+        add(f"{t}encoder.layer.{i}.output.LayerNorm", wide)
+    for i, (a, b) in zip((0, 2, 4, 6, 7), pairwise((wide, 1024, 128, 64, 16, 1))):
+        add(f"mlp.layers.{i}", b, a)
+    return w
+
+
+def test_imagereward_from_its_released_state_dict(encoder, tmp_path, monkeypatch):
+    """The key map, the heads, both masks and the score, against the released arithmetic; padding is not read."""
+    words = encoder[2]
+    w = random_imagereward(len(words))
+    torch.save(w, tmp_path / "ImageReward.pt")
+    words.save_pretrained(tmp_path)
+    monkeypatch.setattr(imagereward, "VISION", {
+        "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 14, "layer_norm_eps": 1e-6})
+    monkeypatch.setattr(imagereward, "TEXT", {
+        "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": len(words), "encoder_hidden_size": 48})
+    (reward,) = rewards.load_all([[f"imagereward={tmp_path / 'ImageReward.pt'}"]])
+    x = pictures(10, 28, 28)
+    given = words(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    mean, std = (torch.tensor(z).view(3, 1, 1) for z in (dual_encoders.MEAN, dual_encoders.STD))
+    wanted = imagereward_forward(w, (x - mean) / std, given["input_ids"], given["attention_mask"])
+    got = reward(x, PROMPTS)["imagereward"]
+    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max() and wanted.std() > 1e-2
+    with pytest.raises(ValueError, match=r"weight 'blip\.visual_encoder\.stem\.weight': is none of ImageReward's"):
+        imagereward.from_released({"blip.visual_encoder.stem.weight": torch.zeros(1)})
+
+
+def test_imagereward_has_the_released_sizes():
+    """446 million parameters or so: ViT-L/16, BERT-base with cross-attention to 1024, and the MLP."""
+    with torch.device("meta"):
+        model = imagereward.ImageReward()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(446, abs=5)
+
+
+def test_hpsv3_goes_through_its_package(monkeypatch):
+    """Pictures reach the package as PNG of 8 bits, prompts beside them; mu comes back (a stand-in of the package)."""
+    class HPSv3RewardInferencer:
+        def __init__(self, device):
+            assert device == "cpu"
+
+        def reward(self, prompts, image_paths):
+            reds = [np.asarray(Image.open(path))[:, :, 0].mean() / 255 for path in image_paths]
+            return [torch.tensor([red + len(prompt), 0.1]) for red, prompt in zip(reds, prompts, strict=True)]
+
+    monkeypatch.setitem(sys.modules, "hpsv3", types.SimpleNamespace(HPSv3RewardInferencer=HPSv3RewardInferencer))
+    hpsv3.scorer.cache_clear()
+    x = pictures(11, 20, 28)
+    (reward,) = rewards.load_all([["zoo.hpsv3:reward"]])
+    wanted = x[:, 0].mean((1, 2)) + torch.tensor([len(p) for p in PROMPTS])
+    torch.testing.assert_close(reward(x, PROMPTS)["zoo.hpsv3:reward"], wanted)
+    hpsv3.scorer.cache_clear()
 
 
 def test_what_is_no_reward_is_refused(encoder, tmp_path):

@@ -2,6 +2,7 @@
 
     written as                       is
     clip, pickscore, hpsv2           a dual encoder (zoo/dual_encoders.py) from its usual hub repository
+    imagereward                      the same for ImageReward (zoo/imagereward.py)
     clip=PLACE, clip=PLACE@REVISION  the same from a folder, a file or another repository, at a revision
     rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1 (zoo/shapes.py)
     module:function                  any function with the signature above, on whatever device it likes
@@ -24,7 +25,7 @@ from zoo import shapes
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 RULES = {"rule": shapes.reward, "right": shapes.right}
-ENCODERS = ("clip", "pickscore", "hpsv2")
+MODELS = {"clip": "dual_encoders", "pickscore": "dual_encoders", "hpsv2": "dual_encoders", "imagereward": "imagereward"}
 
 
 class Spec(NamedTuple):
@@ -45,10 +46,10 @@ def parse_one(text: str) -> Spec:
         weight, body = 1.0, text
     name, _, place = body.partition("=")
     place, _, revision = place.partition("@")
-    known = name in RULES or name in ENCODERS
+    known = name in RULES or name in MODELS
     if not (known or (name.count(":") == 1 and all(name.split(":")))) or ("=" in body) != bool(place) \
-            or (place and name not in ENCODERS):
-        raise ValueError(f"reward {text!r}: must be one of {', '.join((*RULES, *ENCODERS))}, or module:function, then "
+            or (place and name not in MODELS):
+        raise ValueError(f"reward {text!r}: must be one of {', '.join((*RULES, *MODELS))}, or module:function, then "
                          f"perhaps =place@revision for weights of a model, then perhaps :weight")
     if not 0 < weight < float("inf"):
         raise ValueError(f"reward {text!r}: its weight must be a positive number")
@@ -69,9 +70,9 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
     if spec.name in RULES:
         return RULES[spec.name]
     try:
-        if spec.name in ENCODERS:
-            from zoo import dual_encoders  # transformers takes seconds to import
-            return getattr(dual_encoders, spec.name)(spec.place, spec.revision or None).to(device)
+        if spec.name in MODELS:
+            module = importlib.import_module(f"zoo.{MODELS[spec.name]}")  # transformers takes seconds to import
+            return getattr(module, spec.name)(spec.place, spec.revision or None).to(device)
         module, _, function = spec.name.partition(":")
         reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, OSError, ValueError, RuntimeError, SafetensorError,
