@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SHORT = {"--iterations": "1", "--heldout": "4", "--prompts-per-iteration": "2", "--group-size": "2", "--threads": "1"}
+SHORT = {"--iterations": "1", "--heldout": "4", "--prompts-per-iteration": "2", "--group-size": "2", "--threads": "1",
+         "--eval-steps": "1"}
 
 
 def shortened(command: str) -> list[str]:
@@ -47,7 +48,7 @@ def shortened(command: str) -> list[str]:
     if given & {"--dry-run", "--sample"}:
         return [sys.executable, *words[1:]]
     for flag, value in SHORT.items():
-        if "--evaluate" in given and flag not in ("--heldout", "--threads"):
+        if "--evaluate" in given and flag not in ("--heldout", "--threads", "--eval-steps"):
             continue  # refused: not read
         if flag in given:
             words[words.index(flag) + 1] = value

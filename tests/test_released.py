@@ -160,7 +160,7 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders):
     common = [*SGD, "--iterations", "2", "--eval-every", "1", "--threads", "1"]
     jobs = {
         "embedded": ["--prompts-per-iteration", "2", "--group-size", "4", "--steps", "4", "--sde-steps", "0", "1",
-                     "--heldout", "4", "--warmup", "0", "--device", "cpu", *common, "--lr", "0.1"],
+                     "--heldout", "4", "--eval-steps", "1", "--warmup", "0", "--device", "cpu", *common, "--lr", "0.1"],
         "lora": flags(folders, "sd3", "--rank", "2", "--alpha", "4", *common),
         "full": flags(folders, "sd3", "--tune", "full", "--kl", "0.1", "--ema", "0.5", *common),
     }

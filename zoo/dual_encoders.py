@@ -123,8 +123,9 @@ def hpsv2(place: str = "", revision: str | None = None) -> DualEncoder:
     file = Path(place or HPSV2)
     if not file.is_file():
         file = Path(hf_hub_download(str(place or HPSV2), HPS_FILE, revision=revision))
+    weights = from_open_clip(state_dict(str(file)))
     model = CLIPModel(CLIPConfig(**VIT_H_14))
-    model.load_state_dict(from_open_clip(state_dict(str(file))))
+    model.load_state_dict(weights)
     return DualEncoder(model, shared_tokenizer(file.parent), longest_side, scaled=False)
 
 

@@ -62,9 +62,9 @@ def imagereward(place: str = "", revision: str | None = None) -> ImageReward:
     file = Path(place or HUB)
     if not file.is_file():
         file = Path(hf_hub_download(str(place or HUB), FILE, revision=revision))
-    own = (file.parent / "tokenizer_config.json").is_file()
+    weights, own = from_released(state_dict(str(file))), (file.parent / "tokenizer_config.json").is_file()
     model = ImageReward(AutoTokenizer.from_pretrained(str(file.parent) if own else WORDS))
-    model.load_state_dict(from_released(state_dict(str(file))))
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
