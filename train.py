@@ -433,8 +433,10 @@ def describe(o: Options, policy, ranks: Ranks) -> str:
     cost, plain, sizes = cost_of(o, o.factors, policy), cost_of(o, (), policy), policy.sizes
     world, device = ranks.world, ranks.device.type
     more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
-    images, states = cost.images // world, cost.states // world
-    live = images if o.rollouts == "independent" else images + o.prompts_per_iteration // world
+    images, states, steps = cost.images // world, cost.states // world, make_process(o, policy).stochastic_steps(
+        o.sde_steps or None)
+    live = o.prompts_per_iteration // world * (o.group_size if o.rollouts == "independent" else max(
+        (i <= steps[-1]) + o.group_size * sum(j < i for j in steps) for i in range(o.steps)))
 
     def calls(total: int, batch: int) -> str:
         size = min(batch or total, total)

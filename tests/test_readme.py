@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pave_grpo
-from zoo import shapes_model, vectors
+from zoo import random_pipelines, shapes_model, vectors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,13 +22,32 @@ SHORT = {"--iterations": "1", "--heldout": "4", "--prompts-per-iteration": "2", 
          "--eval-steps": "1"}
 
 
-def shortened(command: str) -> list[str]:
+def tiny(words: list[str], folder: Path) -> list[str]:
+    """The same command line on a tiny pipeline of the model's family and rewards that need no hub."""
+    family = "flux" if "flux" in words[words.index("--model") + 1].lower() else "sd3"
+    shown = {"--model": [str(folder / family)], "--reward": ["zoo.example_reward:warmth"],
+             "--eval-reward": ["zoo.example_reward:contrast"], "--size": ["32", "32"]}
+    for flag, values in shown.items():
+        if flag in words:
+            start = words.index(flag) + 1
+            stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+            words[start:stop] = values
+    return words if "--size" in words else [*words, "--size", "32", "32", "--dry-run"]  # tests/test_released.py runs
+
+
+def shortened(command: str, pipelines: Path) -> list[str]:
     """A command of the README with the same program and flags, but little to do, and this Python."""
     words = shlex.split(command)
+    if words[0] == "echo":
+        return ["bash", "-c", command]
+    if "--model" in words and words[0] == "torchrun":
+        words = ["python", *words[2:]]
     words = [str(shapes_model.CHECKPOINT) if w.startswith("runs/") else w for w in words]
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[2:]]
     assert words[0] == "python", command
+    if words[1:3] == ["-m", "zoo.random_pipelines"]:
+        return [sys.executable, *(w for w in words[1:] if w != "--real")]
     if words[1:3] == ["-m", "pytest"]:
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)]
     if words[1:3] == ["-m", "zoo.pretrain_shapes"]:
@@ -44,6 +63,8 @@ def shortened(command: str) -> list[str]:
         claims = ["E2"] if "--model" in words else ["E5"]
         return [sys.executable, *words[1:], *([] if alone or "--claims" in words
                                               else ["--claims", *claims, "--factors", "2"])]
+    if "--model" in words:
+        words = tiny(words, pipelines)
     given = {w for w in words if w.startswith("--")}
     if given & {"--dry-run", "--sample"}:
         return [sys.executable, *words[1:]]
@@ -64,11 +85,21 @@ def test_the_readme_has_its_commands():
     assert "pip install -r requirements.txt && python -m pytest\n" in text
 
 
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """A folder with a tiny sd3/ and flux/."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for make in (random_pipelines.sd3, random_pipelines.flux):
+        made = make(tmp_path_factory.mktemp("made"))
+        made.rename(folder / made.name)
+    return folder
+
+
 PARTS = sorted({part.strip() for command in COMMANDS for part in command.split("&&")} - {""})
 
 
 @pytest.mark.parametrize("command", PARTS)
-def test_the_commands_of_the_readme_run(command, tmp_path):
+def test_the_commands_of_the_readme_run(command, tmp_path, pipelines):
     """Every command line of the README exits with status 0, in a short form."""
     if command.startswith("pip "):
         assert command == "pip install -r requirements.txt"
@@ -79,9 +110,12 @@ def test_the_commands_of_the_readme_run(command, tmp_path):
         (tmp_path / name).write_text(text)
     if "--check-vectors" in command:
         vectors.write(tmp_path / "vectors")
+    if "--model" in command:
+        (tmp_path / "train.txt").write_text("a red dog\n")
+        (tmp_path / "heldout.txt").write_text("a blue bird\n")
     if "cuda" in command and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    result = subprocess.run(shortened(command), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    result = subprocess.run(shortened(command, pipelines), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
                             capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-2000:]
 
