@@ -29,7 +29,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, product
@@ -208,9 +208,29 @@ def check(o: Options, given: set[str]) -> None:
         for name in sorted(given.intersection(names)):
             raise ValueError(f"--{name.replace('_', '-')}: must be left out {why}")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    for name, good, wanted in rules(o, world):
+        value = getattr(o, name)
+        if not good(value):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")
+    pave.check_factors(o.factors)
+    data, specs = prompts_of(o), [spec for texts in (o.reward, o.eval_reward) for spec in zoo_rewards.parse(texts)]
+    asked = (*data.train, *data.heldout, *o.prompt)
+    if o.sample or any(spec.name in zoo_rewards.RULES for spec in specs):
+        if o.model:
+            raise ValueError("--reward, --eval-reward: 'rule' and 'right' judge the embedded world only")
+        for prompt in asked:
+            shapes.parse(prompt)
+    if not o.model:
+        shapes_model.tokenize(list(asked))
+    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
+
+
+def rules(o: Options, world: int) -> list[tuple[str, Callable, str]]:
+    """(option, what its value must satisfy, in words) for what can be said of one option at a time."""
     positive, natural = (lambda z: 0 < z < math.inf, "a positive number"), (lambda z: z >= 0, "0 or more")
     in_fours = (lambda z: z > 0 and z % IMAGES_PER_PROMPT == 0, f"a positive multiple of {IMAGES_PER_PROMPT}")
-    rules = [
+    return [
         *((name, *natural) for name in ("warmup", "seed", "threads", "eval_every", "rollout_batch", "decode_batch",
                                         "reward_batch", "update_batch")),
         *((name, *positive) for name in ("iterations", "updates", "clip", "lr", "rank", "alpha")),
@@ -237,22 +257,6 @@ def check(o: Options, given: set[str]) -> None:
         ("out", lambda z: not z or not Path(z).exists() or (Path(z).is_dir() and not any(Path(z).iterdir())),
          "a new or empty folder"),
     ]
-    for name, good, wanted in rules:
-        value = getattr(o, name)
-        if not good(value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise ValueError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")
-    pave.check_factors(o.factors)
-    data, specs = prompts_of(o), [spec for texts in (o.reward, o.eval_reward) for spec in zoo_rewards.parse(texts)]
-    asked = (*data.train, *data.heldout, *o.prompt)
-    if o.sample or any(spec.name in zoo_rewards.RULES for spec in specs):
-        if o.model:
-            raise ValueError("--reward, --eval-reward: 'rule' and 'right' judge the embedded world only")
-        for prompt in asked:
-            shapes.parse(prompt)
-    if not o.model:
-        shapes_model.tokenize(list(asked))
-    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
 
 
 def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Released:
@@ -318,8 +322,9 @@ class Ranks:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
         if self.world > 1:
             for p in tuned:
-                dist.all_reduce(p.grad)
-                p.grad /= self.world
+                if p.grad is not None:  # None on every rank: no path leads there
+                    dist.all_reduce(p.grad)
+                    p.grad /= self.world
 
 
 # ---- Prompts of a run ---------------------------------------------------------------------------------------
@@ -350,9 +355,9 @@ def chunked(velocity: pave.Velocity, rows: int) -> pave.Velocity:
 
 @torch.no_grad()
 def draw(o: Options, policy, prompts: list[str], noise: Tensor, steps: int, device: torch.device) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] on the CPU by `steps` ODE steps from noise [B, *shape]."""
+    """Images [B, 3, H, W] in [0, 1], on the device, by `steps` ODE steps from noise [B, *shape]."""
     velocity = chunked(policy.velocity(prompts), o.rollout_batch)
-    return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device))).cpu()
+    return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device)))
 
 
 def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts, steps_list: tuple[int, ...],
@@ -396,7 +401,8 @@ def draw_block(o: Options, policy, judges: zoo_rewards.Rewards, prompts: list[st
     grid = noise.shape[:2]
     owners = [prompt for prompt in prompts for _ in range(grid[1])]
     images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], device)
-    return pictures.Block(images.unflatten(0, grid), next(iter(judges(images, owners).values())).unflatten(0, grid))
+    scores = next(iter(judges(images, owners).values()))
+    return pictures.Block(images.cpu().unflatten(0, grid), scores.unflatten(0, grid))
 
 
 # ---- What an iteration costs -------------------------------------------------------------------------------
@@ -463,6 +469,9 @@ def describe(o: Options, policy, ranks: Ranks) -> str:
         + (f", sharded over {world} ranks" if policy.sharded else "") + "; memory of a rank, GiB: "
         + " + ".join(f"{size:.2f} {name}" for name, size in held if size) + f" = {sum(s for _, s in held):.2f}, "
         f"activations{', VAE and reward models' if o.model else ''} besides"]
+    if o.model and {spec.name for spec in zoo_rewards.parse(o.eval_reward)} <= {
+            spec.name for spec in zoo_rewards.parse(o.reward)}:
+        lines.append("every judge is ascended too, and will rise whatever happens to the pictures: see --eval-reward")
     return "\n".join(lines)
 
 
@@ -643,7 +652,7 @@ def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.
     """Judge, align, judge again. The first Ctrl-C ends the run after the iteration it falls in; all of it is kept."""
     run, stop = Run(o, policy, judges, data, ranks), []
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    policy.load(needed_prompts(o, policy, data, ranks), ranks.device, ranks.world)
+    policy.load(needed_prompts(o, policy, data, ranks), ranks.device, ranks.rank, ranks.world)
     cut_off = ranks.gather(policy.cut_off)
     if ranks.rank == 0 and any(cut_off):
         print("\n".join(sorted(set(chain(*cut_off)))), flush=True)
@@ -696,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as problem:
             Parser().error(str(problem))
         if o.evaluate or o.sample:
-            policy.load((), ranks.device, ranks.world)
+            policy.load((), ranks.device, ranks.rank, ranks.world)
         if o.evaluate:
             result = judge_heldout(o, policy, judges, data, o.eval_steps, ranks)
             print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")

@@ -221,7 +221,7 @@ def test_the_cost_is_printed_without_weights(folders, tmp_path, capsys):
         assert f"{total:,} of the network" in printed and "each is 2 rows of the network, for guidance" in printed
         if trained is None:
             o = train.parse(flags(folders, "sd3", *more))
-            trained = sum(p.numel() for p in train.policy_of(o).load(["a"], torch.device("cpu"), 1).tuned)
+            trained = sum(p.numel() for p in train.policy_of(o).load(["a"], torch.device("cpu")).tuned)
         assert f"{trained:,} trained" in printed
 
 
@@ -272,7 +272,7 @@ def test_the_reference_stays_where_the_policy_began(folders, tune, dtype):
     """After a step the reference is the initial policy bit for bit, the policy is not, and their KL has a gradient."""
     policy = policies.Released(str(folders["sd3"]), size=(32, 32), guidance=4.5, tune=tune, rank=2, alpha=4,
                                dtype=getattr(torch, dtype), reference=True)
-    policy.load(["a dog", "two cats"], torch.device("cpu"), 1)
+    policy.load(["a dog", "two cats"], torch.device("cpu"))
     asked = ["two cats", "a dog", "two cats"]
     x = torch.randn(3, *policy.shape, generator=torch.Generator().manual_seed(0))
     at = x, torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0, 1, 2])

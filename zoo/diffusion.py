@@ -32,6 +32,7 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from pave_grpo import Velocity
@@ -50,23 +51,29 @@ class Texts(NamedTuple):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within, diffusers and transformers report errors only: they would print whole prompts that we name in a line."""
+def quiet(bars: bool = True) -> Iterator[None]:
+    """Within, diffusers and transformers report errors only: they would print whole prompts that we name in a line.
+
+    bars: diffusers counts the parts it loads.
+    """
     levels = [(z, z.get_verbosity()) for z in (diffusers_logging, transformers_logging)]
     for library, _ in levels:
         library.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # a bar for every part; diffusers' own counts the parts
+    transformers_logging.disable_progress_bar()  # it would show one for every part
+    if not bars:
+        diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        diffusers_logging.enable_progress_bar()
         for library, level in levels:
             library.set_verbosity(level)
 
 
-def readable(path: str, read: Callable):
+def readable(path: str, read: Callable, bars: bool = False):
     """read(), any failure to find or fetch as one line that names the model."""
     try:
-        with quiet():
+        with quiet(bars):
             return read()
     except (OSError, ValueError) as error:
         raise ValueError(f"model {path!r}: cannot be loaded ({str(error).strip().splitlines()[0]}); must be a "
@@ -82,16 +89,17 @@ def family_of(path: str, revision: str | None = None) -> str:
 
 
 def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
-         master: torch.dtype | None = None) -> Flow:
+         master: torch.dtype | None = None, bars: bool = True) -> Flow:
     """The pipeline of a folder or hub id as a Flow, in evaluation mode, frozen, on the CPU.
 
-    dtype is what everything computes in; master (default: the same) what the transformer's weights are kept in.
+    dtype is what everything computes in; master (default: the same) what the transformer's weights are kept in; bars
+    shows progress.
     Raises ValueError for a pipeline of another family, before its weights are read.
     """
     family_of(path, revision)
     dtypes = {"transformer": master or dtype, "default": dtype}
     pipe = readable(path, lambda: DiffusionPipeline.from_pretrained(path, dtype=dtypes, revision=revision,
-                                                                    use_safetensors=True))
+                                                                    use_safetensors=True), bars)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
@@ -142,10 +150,10 @@ class Flow:
 
     @quiet()
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch: int = 8) -> Texts:
-        """Texts of the prompts, `batch` at a time. Encode once, then `drop_encoders`."""
+    def encode(self, prompts: Sequence[str], batch: int = 8, bars: bool = False) -> Texts:
+        """Texts of the prompts on the CPU, `batch` at a time. Encode once, then `drop_encoders`."""
         parts, device = [], self.pipe.text_encoder.device
-        for start in range(0, len(prompts), batch):
+        for start in tqdm(range(0, len(prompts), batch), "encoding prompts", leave=False, disable=not bars):
             some = list(prompts[start : start + batch])
             if self.is_flux:
                 tokens, pooled, _ = self.pipe.encode_prompt(some, None, device=device)

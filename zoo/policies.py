@@ -5,7 +5,7 @@
     sizes                         counts of weights, known before any is read
     grid(steps)                   times of the sampler, float64 [steps + 1]
     kind(prompt)                  a family of prompts to report apart, or ""
-    load(prompts, device, world)  read the weights and encode these prompts: nothing else can be asked for later
+    load(prompts, device, rank, world)  read the weights, encode these prompts: nothing else can be asked for later
     cut_off                       after loading: lines about prompts that an encoder does not read to their end
     network, tuned, sharded       after loading: the module, what an optimiser moves, whether FSDP2 averages gradients
     velocity(prompts)             v(x, t, c), row c of prompts[c]; reference_velocity(prompts): of the initial policy
@@ -65,7 +65,7 @@ class Embedded:
     def kind(self, prompt: str) -> str:
         return shapes.parse(prompt).family if prompt in shapes.PROMPTS else ""
 
-    def load(self, prompts: Sequence[str], device: torch.device, world: int) -> Embedded:
+    def load(self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1) -> Embedded:
         """Move to the device; prompts are words, which need no encoder."""
         self.network.to(device)
         if self.reference:
@@ -127,16 +127,16 @@ class Released:
     def kind(self, prompt: str) -> str:
         return ""
 
-    def load(self, prompts: Sequence[str], device: torch.device, world: int) -> Released:
+    def load(self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1) -> Released:
         """Encode the prompts on the device, forget the encoders, then move the transformer and the VAE there."""
         from zoo import diffusion, tuning
 
         masters = torch.float32 if self.tune == "full" else self.dtype
-        self.flow = diffusion.load(self.path, self.dtype, self.revision, masters)
+        self.flow = diffusion.load(self.path, self.dtype, self.revision, masters, bars=rank == 0)
         self.cut_off = self.flow.cut_off(list(prompts))
         self.flow.move_encoders(device)
         self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        self.texts = self.flow.encode(list(self.row))
+        self.texts = self.flow.encode(list(self.row), bars=rank == 0)
         self.empty = self.flow.encode([""]) if self.flow.splits(self.guidance) else None
         self.flow.drop_encoders()
         self.flow.pipe.vae.to(device)
