@@ -42,15 +42,15 @@ def draw_grid(columns: dict[str, Block], prompts: list[str], path: Path) -> None
 
 
 def draw_curve(lines: list[dict], judge: str, path: Path) -> None:
-    """Training reward and the first judge's held-out mean against iterations."""
-    figure = Figure(figsize=(6, 3.4))
-    ax = figure.subplots()
-    for name, style, colour, label in (("reward", "-", "0.45", "reward of the rollouts"),
-                                       (f"heldout_{judge}", "o-", "#1f5fa8", f"held-out prompts, {judge}")):
+    """Training reward, and below it the first judge's held-out mean, against iterations: their units may differ."""
+    figure = Figure(figsize=(6, 4.2))
+    axes = figure.subplots(2, sharex=True)
+    for ax, name, style, colour, label in ((axes[0], "reward", "-", "0.45", "reward of the rollouts"),
+                                           (axes[1], f"heldout_{judge}", "o-", "#1f5fa8", f"held-out, {judge}")):
         points = [(m["iteration"], m[name]) for m in lines if name in m]
-        ax.plot([i for i, _ in points], [y for _, y in points], style, color=colour, label=label)
-    ax.set(xlabel="iteration", ylabel="mean")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+        ax.plot([i for i, _ in points], [y for _, y in points], style, color=colour)
+        ax.set_title(label, loc="left", fontsize=9)
+        ax.grid(alpha=0.3)
+    axes[1].set_xlabel("iteration")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
