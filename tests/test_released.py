@@ -184,6 +184,21 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders):
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-7), (case, key)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(("name", "tune"), [("sd3", "lora"), ("flux", "full")])
+def test_a_gpu_takes_the_step_of_the_cpu(folders, name, tune):
+    """In float32 the same held-out pictures and gradient to 1e-3; in bfloat16 a finite step that moves the weights."""
+    common = ["--tune", tune, "--kl", "0.1", *SGD]
+    (cpu, _), (gpu, _), (half, weights) = (
+        run(folders, name, out, *common, *more) for out, more in (
+            ("cpu", []), ("gpu", ["--device", "cuda"]), ("half", ["--device", "cuda", "--dtype", "bfloat16"])))
+    assert cpu["reward"] == pytest.approx(gpu["reward"], abs=1e-3)
+    assert cpu["grad_norm"] == pytest.approx(gpu["grad_norm"], rel=1e-2)
+    assert half["grad_norm"] > 0 and all(w.isfinite().all() for w in weights.values())
+    summary = json.loads(Path("half/summary.json").read_text())
+    assert summary["peak_memory_gib"] > 0 and "cpu" not in summary["device"]
+
+
 # ---- Before any work ---------------------------------------------------------------------------------------------
 
 
