@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import pave_grpo as pg
 import train
-from zoo import diffusion, policies, prompts, random_pipelines, shapes_model
+from zoo import diffusion, policies, prompts, random_pipelines, rewards, shapes_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--reward", "zoo.example_reward:warmth:2", "--eval-reward", "zoo.example_reward:contrast",
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     made = {name: make(tmp_path_factory.mktemp(name)) for name, make in
             (("sd3", random_pipelines.sd3), ("flux", random_pipelines.flux))}
     texts = tmp_path_factory.mktemp("texts")
-    (texts / "train.txt").write_text("a red dog\n\n two cats \na red dog\n")
+    (texts / "train.txt").write_text("a red dog\n\n two cats \na red dog\na house\nthree trees\na boat\n")
     (texts / "heldout.txt").write_text("a bird and " + "word " * 90 + "\n")
     return {**made, "texts": texts}
 
@@ -130,8 +130,12 @@ def test_the_average_is_what_is_saved_and_judged(folders):
 def test_batches_and_checkpointing_change_memory_and_not_the_step(folders, name):
     """All four batch flags and gradient checkpointing: the same samples and SGD step, to float32 rounding.
 
-    Rows of other batch shapes round otherwise, relative 1e-5 of a step; a lost part or weight is an error of order 1.
+    Rows of other batch shapes round otherwise, relative 1e-5 of a step; a lost part or weight, or another's text,
+    is an error of order 1.
     """
+    o = train.parse(flags(folders, name))
+    drawn, _ = train.drawn_prompts(o, train.prompts_of(o), 1, train.Ranks(0, 1, torch.device("cpu")))
+    assert len(set(drawn)) == 2  # so that a part that asks for the wrong one is seen
     start = load_file(folders[name] / "transformer/diffusion_pytorch_model.safetensors")
     results = [run(folders, name, f"run{i}", *SGD, "--tune", "full", "--kl", "0.1", "--updates", "2", *more)
                for i, more in enumerate((
@@ -155,7 +159,7 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders):
 
     tests/two_ranks.py keeps the noise of both ranks. Each rank sees half the prompts, so matrix products are split
     otherwise: relative error about 1e-5 of the steps, and a bound ten times that. Forgetting to average is an error of
-    1, a stale EMA one of 0.1.
+    order 1.
     """
     common = [*SGD, "--iterations", "2", "--eval-every", "1", "--threads", "1"]
     jobs = {
@@ -306,6 +310,31 @@ def test_the_reference_stays_where_the_policy_began(folders, tune, dtype):
                             reference=policy.reference_velocity(asked[:2]))
     result.loss.backward()
     assert result.kl > 0 and sum(p.grad.norm() for p in policy.tuned if p.grad is not None) > 0
+
+
+def test_every_batch_flag_bounds_its_calls(folders, monkeypatch):
+    """Rows of the network while sampling and per backward pass, of the VAE and of the reward, are what the flags say;
+    blocks are recomputed with --checkpointing, and text encoders are gone."""
+    o = train.parse(flags(folders, "sd3", "--rollout-batch", "3", "--decode-batch", "4", "--reward-batch", "5",
+                          "--update-batch", "1", "--rank", "2", "--checkpointing"))
+    data, ranks = train.prompts_of(o), train.Ranks(0, 1, torch.device("cpu"))
+    policy = train.policy_of(o)
+    policy.load(train.needed_prompts(o, policy, data, ranks), ranks.device)
+    seen = {"sampled": [], "trained": [], "vae": [], "reward": [], "block": []}
+    kind = lambda: "trained" if torch.is_grad_enabled() else "sampled"
+    policy.network.register_forward_pre_hook(
+        lambda _, args, given: seen[kind()].append(len(given["hidden_states"]) // 2), with_kwargs=True)
+    policy.network.transformer_blocks[0].register_forward_pre_hook(lambda *_: seen["block"].append(kind()))
+    vae, decode = policy.flow.pipe.vae, policy.flow.pipe.vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z, **how: seen["vae"].append(len(z)) or decode(z, **how))
+    reward = rewards.Rewards({"r": lambda images, _: seen["reward"].append(len(images)) or images.mean((1, 2, 3))},
+                             {"r": 1.0}, o.reward_batch)
+    train.iterate(o, 1, policy, reward, data, torch.optim.SGD(policy.tuned, 0.1), None, ranks)
+    assert seen["sampled"] and max(seen["sampled"]) == 3
+    assert seen["trained"] == [1, 2, 1] * 4  # per state: the first velocity; the next of k = 2 and 3; the last of 3
+    assert seen["vae"] == [4, 4, 4] and seen["reward"] == [5, 5, 2]
+    assert seen["block"].count("trained") == 2 * len(seen["trained"])  # once forward, once more backward
+    assert policy.flow.pipe.text_encoder is policy.flow.pipe.text_encoder_2 is policy.flow.pipe.text_encoder_3 is None
 
 
 def test_the_grid_is_shifted_or_the_pipelines(folders):

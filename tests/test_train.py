@@ -89,6 +89,30 @@ def test_only_what_is_tuned_moves():
         assert "blocks" in moved
 
 
+def test_the_optimizers_options_act():
+    """One step has the length that rate, warm-up and norm clipping give it, and weight decay pulls by rate * decay."""
+    start = shapes_model.load().state_dict()
+
+    def stepped(out, *flags):
+        train.main([*SHORT, "--iterations", "1", "--out", out, *flags])
+        weights = load_file(f"{out}/checkpoint.safetensors")
+        return metrics_of(out)[1], {name: w - start[name] for name, w in weights.items()}
+
+    def length(moved):
+        return sum(z.double().square().sum() for z in moved.values()) ** 0.5
+
+    sgd = ["--optimizer", "sgd", "--lr", "4", "--warmup", "3"]
+    metrics, moved = stepped("sgd", *sgd)
+    assert metrics["lr"] == 1 and length(moved) == pytest.approx(metrics["grad_norm"], rel=1e-3)
+    metrics, clipped = stepped("clipped", *sgd, "--max-grad-norm", "1e-3")
+    assert metrics["grad_norm"] > 1e-3 and length(clipped) == pytest.approx(1e-3, rel=1e-2)
+    adam = ["--lr", "0.01", "--warmup", "0", "--weight-decay"]
+    (_, free), (_, pulled) = stepped("free", *adam, "0"), stepped("pulled", *adam, "2")
+    for name in free:
+        if name.split(".")[0] not in shapes_model.PIXEL_LAYERS:
+            torch.testing.assert_close(pulled[name] - free[name], -0.02 * start[name], rtol=1e-3, atol=1e-6)
+
+
 def test_every_key_has_a_stream_of_its_own():
     """Keys of other lengths or with zeros at their end are other streams: training never draws held-out noise."""
     keys = [(0,), (0, 0), (0, 0, 0), (0, 1), (0, 1, 0), (1,), (1, 0), (1, 0, 0), (1, 1, 0), (0, 1, 1)]
