@@ -28,7 +28,9 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -42,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import pictures, policies, shapes, shapes_model
+from zoo import costs, pictures, policies, shapes, shapes_model
 from zoo import rewards as zoo_rewards
 from zoo.prompts import IMAGES_PER_PROMPT, Prompts, generator_of
 
@@ -159,7 +161,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None) -> Options:
     """Command line -> options. A flag of a tuple takes any number of values. Bad input: one line, status 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    released = ", ".join(f"{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
+                         for k, v in (RELEASED | LR).items() if v not in ((), True))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    epilog=textwrap.fill(f"with --model the defaults are: {released} (the learning rate), "
+                                         f"checkpointing; guidance 3.5 for FLUX, 4.5 for SD3", 110))
     for f in fields(Options):
         how = dict(f.metadata)
         if isinstance(f.default, bool):
@@ -223,7 +229,7 @@ def check(o: Options, given: set[str]) -> None:
             shapes.parse(prompt)
     if not o.model:
         shapes_model.tokenize(list(asked))
-    make_process(o, policy_of(o, world)).stochastic_steps(o.sde_steps or None)
+    stochastic_steps(o, policy_of(o, world))
 
 
 def rules(o: Options, world: int) -> list[tuple[str, Callable, str]]:
@@ -278,7 +284,15 @@ def make_process(o: Options, policy) -> pave.Process:
     return pave.Process(policy.grid(o.steps), o.kernel, o.eta)
 
 
+def stochastic_steps(o: Options, policy) -> tuple[int, ...]:
+    return make_process(o, policy).stochastic_steps(o.sde_steps or None)
+
+
 # ---- Ranks -------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A run cannot go on: what it has so far is saved."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +331,18 @@ class Ranks:
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def together(self, job: Callable, *arguments):
+        """job(*arguments) on every rank; where one fails, Stopped on all: nobody waits for a rank that is gone."""
+        value = failed = None
+        try:
+            value = job(*arguments)
+        except Exception as error:  # somebody else's reward
+            failed = error
+        for said in self.gather(None if failed is None else f"{type(failed).__name__}: {failed}"):
+            if said:
+                raise Stopped(said) from failed
+        return value
 
     def average_gradients(self, tuned: list[torch.nn.Parameter]) -> None:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
@@ -377,8 +403,9 @@ def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts
         start = starts[min(first + ranks.rank, len(starts) - 1)]
         rows = [min(i, n - 1) for i in range(start, start + size)]
         images = draw(o, policy, [prompts[i] for i in rows], noise[rows], steps, ranks.device)[: n - start]
-        if first + ranks.rank < len(starts):
-            scores = judges(images, prompts[start : start + size])
+        mine = first + ranks.rank < len(starts)
+        scores = ranks.together(judges, images, prompts[start : start + size]) if mine else ranks.together(dict)
+        if mine:
             distances = [torch.pdist(z.flatten(1)).mean().item() for z in images.split(IMAGES_PER_PROMPT)]
             found.append((steps, start, {name: z.tolist() for name, z in scores.items()},
                           [d / math.prod(images.shape[1:]) ** 0.5 for d in distances]))
@@ -396,83 +423,13 @@ def judge_heldout(o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts
 
 
 def draw_block(o: Options, policy, judges: zoo_rewards.Rewards, prompts: list[str], noise: Tensor,
-               device: torch.device) -> pictures.Block:
+               ranks: Ranks) -> pictures.Block:
     """A row per prompt, from its noise [rows, n, *shape], by the first number of --eval-steps."""
     grid = noise.shape[:2]
     owners = [prompt for prompt in prompts for _ in range(grid[1])]
-    images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], device)
-    scores = next(iter(judges(images, owners).values()))
+    images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], ranks.device)
+    scores = next(iter(ranks.together(judges, images, owners).values()))
     return pictures.Block(images.cpu().unflatten(0, grid), scores.unflatten(0, grid))
-
-
-# ---- What an iteration costs -------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """Of one iteration, over all ranks: images to reward, and rows of velocity evaluated."""
-
-    images: int
-    sampled: int
-    trained: int
-    reference: int
-    states: int  # x_t that the loss evaluates, once per update
-
-    def forwards(self, checkpointing: bool) -> int:
-        """A trained evaluation costs about three forwards, its own and a backward of two; checkpointing, one more."""
-        return self.sampled + (4 if checkpointing else 3) * self.trained + self.reference
-
-
-def cost_of(o: Options, factors: tuple[int, ...], policy) -> Cost:
-    """Counted: the anchor up to its last stochastic step, and G branches from each."""
-    steps = make_process(o, policy).stochastic_steps(o.sde_steps or None)
-    P, G, T, n = o.prompts_per_iteration, o.group_size, o.steps, len(steps)
-    shared = o.rollouts == "shared_anchor"
-    states = P * n * (1 if shared else G)
-    return Cost(images=P * G * (n if shared else 1),
-                sampled=P * (G * sum(T - 1 - i for i in steps) + steps[-1] + 1 if shared else G * T),
-                trained=o.updates * states * (1 + sum(k - 1 for k in factors)),
-                reference=o.updates * states if o.kl else 0, states=states)
-
-
-def describe(o: Options, policy, ranks: Ranks) -> str:
-    """What one iteration costs, what S adds, what the batches mean, what is held in memory: before it is spent."""
-    cost, plain, sizes = cost_of(o, o.factors, policy), cost_of(o, (), policy), policy.sizes
-    world, device = ranks.world, ranks.device.type
-    more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
-    images, states, steps = cost.images // world, cost.states // world, make_process(o, policy).stochastic_steps(
-        o.sde_steps or None)
-    live = o.prompts_per_iteration // world * (o.group_size if o.rollouts == "independent" else max(
-        (i <= steps[-1]) + o.group_size * sum(j < i for j in steps) for i in range(o.steps)))
-
-    def calls(total: int, batch: int) -> str:
-        size = min(batch or total, total)
-        return f"{math.ceil(total / size)} of up to {size}"
-
-    masters = sizes.masters / 2**30
-    held = [("frozen weights", sizes.frozen / 2**30), ("trained, float32", masters), ("gradients", masters),
-            ("Adam", 2 * masters if o.optimizer == "adamw" else 0), ("EMA", masters if o.ema else 0)]
-    lines = [
-        f"one iteration: {cost.images} images in groups of {o.group_size} from {o.prompts_per_iteration} prompts on "
-        f"{world} rank{'s' * (world > 1)} ({device})",
-        f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained "
-        f"({4 if o.checkpointing else 3} forwards each)" + (f", {cost.reference} reference" if o.kl else "")
-        + (f"; each is {sizes.rows} rows of the network, for guidance" if sizes.rows > 1 else ""),
-        f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained evaluations, "
-        f"{100 * more:.1f} % more forwards; no image, no reward",
-        f"  on a rank: {images} images; network calls per step at most {calls(live, o.rollout_batch)} rows "
-        f"(--rollout-batch {o.rollout_batch})" + ("; VAE calls " + calls(images, o.decode_batch)
-                                                  + f" (--decode-batch {o.decode_batch})" if o.model else "")
-        + f"; reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
-        f"  {o.updates} update{'s' * (o.updates > 1)}, each of {states} observed states on a rank in backward passes: "
-        f"{calls(states, o.update_batch)} (--update-batch {o.update_batch}), gradients added up: the same gradient",
-        f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained"
-        + (f", sharded over {world} ranks" if policy.sharded else "") + "; memory of a rank, GiB: "
-        + " + ".join(f"{size:.2f} {name}" for name, size in held if size) + f" = {sum(s for _, s in held):.2f}, "
-        f"activations{', VAE and reward models' if o.model else ''} besides"]
-    if o.model and {spec.name for spec in zoo_rewards.parse(o.eval_reward)} <= {
-            spec.name for spec in zoo_rewards.parse(o.reward)}:
-        lines.append("every judge is ascended too, and will rise whatever happens to the pictures: see --eval-reward")
-    return "\n".join(lines)
 
 
 # ---- One iteration -----------------------------------------------------------------------------------------
@@ -509,8 +466,7 @@ def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[
 def iterate(o: Options, iteration: int, policy, rewards: zoo_rewards.Rewards, data: Prompts, optimizer, average,
             ranks: Ranks) -> dict:
     """One iteration of Algorithm 1 on this rank's prompts. Returns this rank's metrics."""
-    process, device = make_process(o, policy), ranks.device
-    steps = process.stochastic_steps(o.sde_steps or None)
+    process, steps, device = make_process(o, policy), stochastic_steps(o, policy), ranks.device
 
     # Sample groups. A prompt's choice and noise depend on (seed, iteration, its index) alone.
     prompts, generators = drawn_prompts(o, data, iteration, ranks)
@@ -521,7 +477,7 @@ def iterate(o: Options, iteration: int, policy, rewards: zoo_rewards.Rewards, da
     # Reward.
     groups = rollout.x_0.shape[:3]
     owners = [p for p in prompts for _ in range(groups[1] * groups[2])]
-    scores = rewards(policy.decode(rollout.x_0.flatten(0, 2)), owners)
+    scores = ranks.together(rewards, policy.decode(rollout.x_0.flatten(0, 2)), owners)
     total = rewards.total(scores).to(device).unflatten(0, groups)
     advantages = pave.group_advantages(total)
 
@@ -590,8 +546,11 @@ class Run:
         if ranks.rank == 0:
             self.folder = Path(o.out) if o.out else next(
                 folder for folder in (Path(f"runs/{policy.name}-{i}") for i in range(1, 10**6)) if not folder.exists())
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
+            except OSError as problem:
+                Parser().error(f"--out {self.folder}: cannot be written ({problem.strerror})")
             print(f"writing {self.folder}/")
 
     def log(self, line: dict) -> None:
@@ -605,7 +564,7 @@ class Run:
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and now."""
         prompts, noise = self.data.shown(self.policy.shape, self.policy.kind)
-        block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks.device)
+        block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks)
         self.columns = dict([*list(self.columns.items())[:1], (title, block)])
         if self.ranks.rank == 0:
             pictures.draw_grid(self.columns, prompts, self.folder / "before_after.png")
@@ -649,46 +608,63 @@ class Run:
 
 def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.Rewards, data: Prompts,
           ranks: Ranks) -> None:
-    """Judge, align, judge again. The first Ctrl-C ends the run after the iteration it falls in; all of it is kept."""
-    run, stop = Run(o, policy, judges, data, ranks), []
+    """Judge, align, judge again. Whatever ends the run early, what it has is kept.
+
+    The first Ctrl-C ends it after the iteration it falls in; a reward that breaks its contract, before the update.
+    """
+    run, stop, done, problem = Run(o, policy, judges, data, ranks), [], 0, None
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    policy.load(needed_prompts(o, policy, data, ranks), ranks.device, ranks.rank, ranks.world)
-    cut_off = ranks.gather(policy.cut_off)
-    if ranks.rank == 0 and any(cut_off):
-        print("\n".join(sorted(set(chain(*cut_off)))), flush=True)
     optimizer = (torch.optim.SGD(policy.tuned, o.lr) if o.optimizer == "sgd"
                  else torch.optim.AdamW(policy.tuned, o.lr, weight_decay=o.weight_decay))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / (o.warmup + 1)))
     average = policies.EMA(policy.tuned, o.ema) if o.ema else None
     averaged = average.applied if average else nullcontext
 
-    run.picture("before")
-    run.log({"iteration": 0, **run.judge("before")})
-    done = 0
-    bar = tqdm(range(1, o.iterations + 1), "aligning", disable=ranks.rank > 0)
-    for iteration in bar:
-        if any(ranks.gather(bool(stop))):
-            break
-        metrics = merge(ranks.gather(iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)))
-        done, line = iteration, {"iteration": iteration, **metrics, "lr": rate.get_last_lr()[0]}
-        rate.step()
-        bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
-                         "clipped": f"{metrics['clip_fraction_1']:.2f}"})
-        evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
-        with averaged() if evaluated else nullcontext():
-            run.log(line | (run.judge() if evaluated else {}))
-            if evaluated:
-                run.picture(f"after {iteration} iterations")
-                run.save(done)
-    interrupted = done < o.iterations
+    try:
+        run.picture("before")
+        run.log({"iteration": 0, **run.judge("before")})
+        bar = tqdm(range(1, o.iterations + 1), "aligning", disable=ranks.rank > 0)
+        for iteration in bar:
+            if any(ranks.gather(bool(stop))):
+                break
+            metrics = merge(ranks.gather(iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)))
+            done, line = iteration, {"iteration": iteration, **metrics, "lr": rate.get_last_lr()[0]}
+            rate.step()
+            bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
+                             "clipped": f"{metrics['clip_fraction_1']:.2f}"})
+            evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
+            with averaged() if evaluated else nullcontext():
+                run.log(line | (run.judge() if evaluated else {}))
+                if evaluated:
+                    run.picture(f"after {iteration} iterations")
+                    run.save(done)
+        with averaged():
+            run.picture(f"after {done} iterations")
+            if done == o.iterations:
+                run.log({"iteration": done, **run.judge("after")})
+    except Stopped as error:
+        problem = error
     with averaged():
-        run.picture(f"after {done} iterations")
-        if not interrupted:
-            run.log({"iteration": done, **run.judge("after")})
         run.save(done)
     if ranks.rank == 0:
-        print(f"{'interrupted' if interrupted else 'finished'} after {done} iterations and "
+        print(f"{'finished' if done == o.iterations else 'interrupted'} after {done} iterations and "
               f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")
+    if problem:
+        raise problem
+
+
+def loaded(o: Options, policy, data: Prompts, ranks: Ranks) -> list[zoo_rewards.Rewards]:
+    """[rewards, judges], the policy loaded too. What cannot be loaded is one line and status 2."""
+    try:
+        found = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
+        asked = () if o.evaluate or o.sample else needed_prompts(o, policy, data, ranks)
+        policy.load(asked, ranks.device, ranks.rank, ranks.world)
+    except ValueError as problem:
+        Parser().error(str(problem))
+    cut_off = sorted(set(chain(*ranks.gather(policy.cut_off))))
+    if ranks.rank == 0 and cut_off:
+        print("\n".join(cut_off), flush=True)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -698,21 +674,22 @@ def main(argv: list[str] | None = None) -> None:
     ranks.gather(None)  # every rank has found --out empty before one writes there
     policy, data = policy_of(o, ranks.world), prompts_of(o)
     if not (o.evaluate or o.sample) and ranks.rank == 0:
-        print("\n".join([*data.report, describe(o, policy, ranks)]), flush=True)
+        print("\n".join([*data.report, costs.describe(o, stochastic_steps(o, policy), policy, len(data.heldout),
+                                                      ranks.world, ranks.device.type)]), flush=True)
     if not o.dry_run:
+        rewards, judges = loaded(o, policy, data, ranks)
         try:
-            rewards, judges = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
-        except ValueError as problem:
+            if o.evaluate:
+                result = judge_heldout(o, policy, judges, data, o.eval_steps, ranks)
+                print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")
+            elif o.sample:
+                sample(o, policy, judges, ranks)
+            else:
+                train(o, policy, rewards, judges, data, ranks)
+        except Stopped as problem:
+            if not isinstance(problem.__cause__, ValueError | None):
+                traceback.print_exception(problem.__cause__)  # where somebody else's code failed
             Parser().error(str(problem))
-        if o.evaluate or o.sample:
-            policy.load((), ranks.device, ranks.rank, ranks.world)
-        if o.evaluate:
-            result = judge_heldout(o, policy, judges, data, o.eval_steps, ranks)
-            print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")
-        elif o.sample:
-            sample(o, policy, judges, ranks)
-        else:
-            train(o, policy, rewards, judges, data, ranks)
     if ranks.world > 1:
         dist.destroy_process_group()
 
@@ -723,7 +700,7 @@ def sample(o: Options, policy, judges: zoo_rewards.Rewards, ranks: Ranks) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     noise = torch.stack([torch.randn(8, *policy.shape, generator=generator_of(o.seed, i))
                          for i in range(len(o.prompt))])
-    block = draw_block(o, policy, judges, list(o.prompt), noise, ranks.device)
+    block = draw_block(o, policy, judges, list(o.prompt), noise, ranks)
     pictures.draw_grid({f"{o.eval_steps[0]} ODE steps": block}, list(o.prompt), folder / "samples.png")
     print(f"look at {folder / 'samples.png'}")
 

@@ -80,6 +80,8 @@ def test_a_prompt_file_is_accounted_for_line_by_line(tmp_path):
     assert found == ["a cat", "a dög", "a cat on a mat"]
     assert report == [f"{path}, line 2: empty, left out", f"{path}, line 4: 'a cat' is line 1 again, left out",
                       f"{path}, line 5: empty, left out"]
+    path.write_bytes("\ufeffa bird\n".encode())  # a byte order mark is no part of a prompt
+    assert prompts.read(path) == (["a bird"], [])
     for content, said in ((b"\n\n", "at least one prompt"), (b"\xff\xfe", "UTF-8")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=said):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -259,7 +260,10 @@ BAD = {
     "--reward": "--reward", "--reward rule": "judge the embedded world only", "--reward nothing": "reward 'nothing'",
     "--sigmas pipeline --shift 2": "--shift", "--tune full --rank 4": "--rank", "--rank 0": "--rank 0",
     "--reward zoo.no:f": "zoo.no", "--reward zoo.example_reward:no": "has no attribute 'no'",
-    "--reward clip=nowhere_at_all": "reward 'clip': cannot be loaded",
+    "--reward clip=nowhere_at_all": "reward 'clip': cannot be loaded", "--reward clip:much": "its weight must be",
+    "--reward zoo.hpsv3:reward": "reward 'zoo.hpsv3:reward': cannot be loaded (No module named 'hpsv3')",
+    "--revision main": "revision 'main': must be a folder, without a revision", "--out /proc/run": "--out /proc/run",
+    "--reward clip=.@main": "revision 'main' must be left out",
 }
 
 
@@ -273,6 +277,47 @@ def test_what_does_not_fit_is_one_line(folders, more, named, capsys, monkeypatch
     err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert stop.value.code == 2 and len(err) == 1 and named in err[0], err
     assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize("broken", ["missing", "cut short", "a file"])
+def test_a_pipeline_that_cannot_be_read_is_one_line(folders, tmp_path, broken, capsys):
+    """No weights, half of them, or a path to a file instead of the folder: status 2 and the model named."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(folders["flux"], folder)
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    if broken == "missing":
+        weights.unlink()
+    elif broken == "cut short":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        folder = folder / "model_index.json"
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags(folders, "flux"), "--model", str(folder), "--out", "run"])
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(err) == 1 and f"model '{folder}'" in err[0] and not Path("run").exists()
+
+
+@pytest.mark.parametrize("failing", ["reward", "judge"])
+def test_a_reward_that_fails_ends_the_run_and_keeps_it(folders, failing, monkeypatch, capsys):
+    """The second iteration's reward is NaN: one line with the prompt, status 2, and the first iteration is saved."""
+    calls = []
+
+    def failing_at_last(images, _):
+        calls.append(1)
+        return images.mean((1, 2, 3)) * (float("nan") if len(calls) == 3 else 1)
+
+    what = {"reward": "warmth", "judge": "contrast"}[failing]
+    if failing == "reward":
+        calls.append(1)
+    monkeypatch.setattr(f"zoo.example_reward.{what}", failing_at_last)
+    with pytest.raises(SystemExit) as stop:
+        run(folders, "flux", "run", "--iterations", "2", "--rank", "2")
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(err) == 1 and "of prompt '" in err[0] and "is nan: must be a finite" in err[0]
+    summary = json.loads(Path("run/summary.json").read_text())
+    done = {"reward": 1, "judge": 2}[failing]  # judged twice before: a picture, and all of the held-out ones
+    assert summary["iterations"] == done and list(Path("run/lora").iterdir())
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
 
 
 def test_held_out_prompts_are_held_out(folders, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from zoo import dual_encoders, hpsv3, imagereward, rewards
+from zoo import dual_encoders, imagereward, rewards
 from zoo import random_pipelines as pipelines
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -60,17 +60,70 @@ def test_preprocessing_is_that_of_the_reference_processor(height, width):
     assert (ours - (wanted * std + mean)).abs().max() <= 2.01 / 255
 
 
+def on_black(picture, side):
+    """PIL's: the longest side resized to `side`, centred on black."""
+    w, h = (round(z * (side / max(picture.size))) for z in picture.size)
+    canvas = Image.new("RGB", (side, side))
+    canvas.paste(picture.resize((w, h), Image.BICUBIC), ((side - w) // 2, (side - h) // 2))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (50, 171), (20, 30)])
 def test_hps_preprocessing_is_that_of_pil(height, width):
     """Longest side, bicubic, centred on black, within 2/255 of PIL."""
     x = pictures(2, height, width)
-    ours, side = dual_encoders.longest_side(x, 28), 28
-    for picture, ours_one in zip(as_pil(x), ours, strict=True):
-        w, h = (round(z * side / max(height, width)) for z in (width, height))
-        canvas = Image.new("RGB", (side, side))
-        canvas.paste(picture.resize((w, h), Image.BICUBIC), ((side - w) // 2, (side - h) // 2))
-        wanted = torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255
-        assert (ours_one - wanted).abs().max() <= 2.01 / 255
+    for picture, ours in zip(as_pil(x), dual_encoders.longest_side(x, 28), strict=True):
+        assert (ours - on_black(picture, 28)).abs().max() <= 2.01 / 255
+
+
+def test_the_square_begins_where_each_processor_says():
+    """CLIP's rounds half of what is left over down; torchvision, which ImageReward uses, to the nearest even number."""
+    x = pictures(12, 28, 31)
+    assert torch.equal(dual_encoders.shortest_side(x, 28), x[..., 1:29])
+    assert torch.equal(dual_encoders.shortest_side(x, 28, lambda d: round(d / 2)), x[..., 2:30])
+
+
+def test_released_configurations():
+    """What the released checkpoints are, by their model cards: sizes on meta, activations, heads and epsilons."""
+    with torch.device("meta"):
+        vit = CLIPModel(CLIPConfig(**dual_encoders.VIT_H_14))
+    assert sum(p.numel() for p in vit.parameters()) == 986_109_441
+    for tower, heads, layers in (("vision_config", 16, 32), ("text_config", 16, 24)):
+        config = dual_encoders.VIT_H_14[tower]
+        assert (config["hidden_act"], config["num_attention_heads"], config["num_hidden_layers"]) == ("gelu", heads,
+                                                                                                      layers)
+    assert imagereward.VISION["layer_norm_eps"] == 1e-6 and imagereward.VISION["num_attention_heads"] == 16
+    assert imagereward.TEXT["num_attention_heads"] == 12 and imagereward.LONGEST == 35
+
+
+def test_pickscore_is_clip_with_a_scale_and_a_crop(encoder):
+    """On a picture that is not square, from its own folder: the same model, tokenizer and preprocessing."""
+    folder, x = str(encoder[0]), pictures(13, 60, 28)
+    got = dual_encoders.pickscore(folder)(x, PROMPTS)
+    assert torch.equal(got, dual_encoders.clip(folder)(x, PROMPTS))
+    scale = encoder[1].logit_scale.exp()
+    bare = dual_encoders.DualEncoder(encoder[1], encoder[2], dual_encoders.shortest_side, scaled=False)
+    torch.testing.assert_close(got, scale * bare(x, PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2", "imagereward"])
+def test_a_revision_reaches_the_hub(name, monkeypatch):
+    """The pinned revision of the usual repository, or of the one named, is what is asked for, and never a pickle."""
+    asked = []
+
+    def hub(place, *_, revision=None, **how):
+        asked.append((str(place), revision, how.get("use_safetensors", name in ("hpsv2", "imagereward"))))
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", hub)
+    monkeypatch.setattr(dual_encoders, "hf_hub_download", hub)
+    monkeypatch.setattr(imagereward, "hf_hub_download", hub)
+    usual = {"clip": dual_encoders.CLIP, "pickscore": dual_encoders.PICKSCORE, "hpsv2": dual_encoders.HPSV2,
+             "imagereward": imagereward.HUB}[name]
+    for text, place in ((name, usual), (f"{name}=some/where@r2", "some/where")):
+        with pytest.raises(ValueError, match="no hub here"):
+            rewards.load_all([[text]])
+        assert asked.pop() == (place, "r2" if "@" in text else None, True)
 
 
 def test_clip_is_the_models_own_logits(encoder):
@@ -148,11 +201,16 @@ def test_hpsv2_from_an_open_clip_state_dict(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(dual_encoders, "VIT_H_14", sizes)
     words.save_pretrained(tmp_path)  # the tokenizer beside the weights is taken
     reward = dual_encoders.hpsv2(str(tmp_path / "hps.pt"))
-    x = pictures(5, 28, 28)
-    tokens = words(PROMPTS, padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
+    x, long = pictures(5, 20, 42), [*PROMPTS[:2], "two dogs " * 9]
+    tokens = words(long, padding="max_length", truncation=True, max_length=20, return_tensors="pt")["input_ids"]
     mean, std = (torch.tensor(z).view(3, 1, 1) for z in (dual_encoders.MEAN, dual_encoders.STD))
-    wanted = open_clip_forward(w, (x - mean) / std, tokens)
-    assert (reward(x, PROMPTS) - wanted).abs().max() <= 1e-5 and wanted.std() > 1e-3
+    assert (tokens[2] == words.eos_token_id).sum() == 1 and tokens[2, -1] == words.eos_token_id  # cut, with its end
+    squares = torch.stack([on_black(picture, 28) for picture in as_pil(x)])
+    wanted = open_clip_forward(w, (squares - mean) / std, tokens)
+    assert (reward(x, long) - wanted).abs().max() <= 5e-3 * wanted.abs().max() and wanted.std() > 1e-2
+    weights = tmp_path / dual_encoders.HPS_FILE
+    (tmp_path / "hps.pt").rename(weights)
+    assert torch.equal(dual_encoders.hpsv2(str(tmp_path))(x, long), reward(x, long))  # the folder will do
 
 
 # ---- ImageReward, HPSv3 ----------------------------------------------------------------------------------------
@@ -279,12 +337,12 @@ def test_hpsv3_goes_through_its_package(monkeypatch):
             return [torch.tensor([red + len(prompt), 0.1]) for red, prompt in zip(reds, prompts, strict=True)]
 
     monkeypatch.setitem(sys.modules, "hpsv3", types.SimpleNamespace(HPSv3RewardInferencer=HPSv3RewardInferencer))
-    hpsv3.scorer.cache_clear()
+    monkeypatch.delitem(sys.modules, "zoo.hpsv3", raising=False)
     x = pictures(11, 20, 28)
     (reward,) = rewards.load_all([["zoo.hpsv3:reward"]])
     wanted = x[:, 0].mean((1, 2)) + torch.tensor([len(p) for p in PROMPTS])
     torch.testing.assert_close(reward(x, PROMPTS)["zoo.hpsv3:reward"], wanted)
-    hpsv3.scorer.cache_clear()
+    monkeypatch.delitem(sys.modules, "zoo.hpsv3")
 
 
 def test_what_is_no_reward_is_refused(encoder, tmp_path):

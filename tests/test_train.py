@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from zoo import policies, prompts, rewards, shapes, shapes_model
+from zoo import costs, policies, prompts, rewards, shapes, shapes_model
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--prompts-per-iteration", "2", "--group-size", "4", "--steps", "4", "--sde-steps", "0", "1", "--heldout", "4",
@@ -202,7 +202,7 @@ def test_the_announced_cost_is_the_cost(rollouts, flags):
     policy.tuned = list(policy.network.parameters())
     rule = rewards.load_all([o.reward])[0]
     train.iterate(o, 1, policy, rule, prompts.Prompts(), torch.optim.SGD(policy.tuned, 0.1), None, ranks)
-    cost = train.cost_of(o, o.factors, policy)
+    cost = costs.cost_of(o, train.stochastic_steps(o, policy), o.factors)
     assert rows == {"sampled": cost.sampled, "trained": cost.trained, "reference": cost.reference}
 
 

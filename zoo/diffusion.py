@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -75,13 +77,16 @@ def readable(path: str, read: Callable, bars: bool = False):
     try:
         with quiet(bars):
             return read()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {path!r}: cannot be loaded ({str(error).strip().splitlines()[0]}); must be a "
-                         f"diffusers pipeline's folder or hub id") from None
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model {path!r}: cannot be loaded ({said}); must be a diffusers pipeline's folder or hub "
+                         f"id") from error
 
 
 def family_of(path: str, revision: str | None = None) -> str:
     """The `_class_name` in model_index.json of a folder or hub id. Raises ValueError where it is none of FAMILIES."""
+    if Path(path).is_file() or (revision and Path(path).exists()):
+        raise ValueError(f"model {path!r}, revision {revision!r}: must be a folder, without a revision, or a hub id")
     name = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision)).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"model {path!r} is a {name}; must be one of {', '.join(FAMILIES)}")

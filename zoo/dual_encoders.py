@@ -49,19 +49,22 @@ def resized(images: Tensor, height: int, width: int) -> Tensor:
     return images
 
 
-def shortest_side(images: Tensor, side: int) -> Tensor:
-    """Resized so that the shorter side is `side`, then the centre square: [B, 3, side, side], as CLIP's processor."""
+def shortest_side(images: Tensor, side: int, half: Callable[[int], int] = lambda d: d // 2) -> Tensor:
+    """Resized so that the shorter side is `side`, then the centre square: [B, 3, side, side], as CLIP's processor.
+
+    half says where the square begins, d being what is left over: processors differ where d is odd.
+    """
     H, W = images.shape[2:]
     height, width = (side, int(side * W / H)) if H <= W else (int(side * H / W), side)
     images = resized((255 * images.float()).round() / 255, height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = half(height - side), half(width - side)
     return images[:, :, top : top + side, left : left + side]
 
 
 def longest_side(images: Tensor, side: int) -> Tensor:
     """Resized so that the longer side is `side`, centred on black: [B, 3, side, side], as open_clip's for HPSv2."""
     H, W = images.shape[2:]
-    height, width = (round(z * side / max(H, W)) for z in (H, W))
+    height, width = (round(z * (side / max(H, W))) for z in (H, W))
     images = resized((255 * images.float()).round() / 255, height, width)
     left, top = (side - width) // 2, (side - height) // 2
     return pad(images, (left, side - width - left, top, side - height - top))
@@ -119,9 +122,14 @@ def pickscore(place: str = "", revision: str | None = None) -> DualEncoder:
 
 
 def hpsv2(place: str = "", revision: str | None = None) -> DualEncoder:
-    """HPSv2.1 from the released state dict: a .pt or .safetensors file, perhaps beside a tokenizer, or a hub id."""
+    """HPSv2.1 from the released state dict: a hub id, or a .pt or .safetensors file or its folder, with a tokenizer.
+
+    Two differences from the authors' package: it mends odd characters in prompts first (ftfy, HTML entities), and it
+    computes in half precision where there is a GPU.
+    """
     file = Path(place or HPSV2)
-    if not file.is_file():
+    file = file / HPS_FILE if file.is_dir() else file
+    if not file.exists() and not file.is_absolute():
         file = Path(hf_hub_download(str(place or HPSV2), HPS_FILE, revision=revision))
     weights = from_open_clip(state_dict(str(file)))
     model = CLIPModel(CLIPConfig(**VIT_H_14))

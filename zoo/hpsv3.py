@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hpsv3 import HPSv3RewardInferencer
 from PIL import Image
 from torch import Tensor
 
@@ -22,8 +23,6 @@ from torch import Tensor
 @functools.cache
 def scorer(device: str):
     """The package's model, loaded on first use, once for each device."""
-    from hpsv3 import HPSv3RewardInferencer
-
     return HPSv3RewardInferencer(device=device)
 
 

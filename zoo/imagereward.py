@@ -48,7 +48,8 @@ class ImageReward(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.mlp[0].weight.device
         mean, std = (torch.tensor(z, device=device).view(3, 1, 1) for z in (MEAN, STD))
-        pixels = shortest_side(images.to(device), self.vision.config.image_size)
+        corner = lambda d: round(d / 2)  # torchvision's; CLIP's processor rounds down
+        pixels = shortest_side(images.to(device), self.vision.config.image_size, corner)
         seen = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state
         words = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=LONGEST,
                                return_tensors="pt").to(device)
@@ -58,9 +59,10 @@ class ImageReward(nn.Module):
 
 
 def imagereward(place: str = "", revision: str | None = None) -> ImageReward:
-    """ImageReward from the released .pt, or a .safetensors file, perhaps beside a tokenizer, or a hub id."""
+    """ImageReward from the released .pt or a .safetensors file or its folder, perhaps with a tokenizer; or a hub id."""
     file = Path(place or HUB)
-    if not file.is_file():
+    file = file / FILE if file.is_dir() else file
+    if not file.exists() and not file.is_absolute():
         file = Path(hf_hub_download(str(place or HUB), FILE, revision=revision))
     weights, own = from_released(state_dict(str(file))), (file.parent / "tokenizer_config.json").is_file()
     model = ImageReward(AutoTokenizer.from_pretrained(str(file.parent) if own else WORDS))
@@ -94,5 +96,4 @@ def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             out[f"mlp.{linear[module.removeprefix('mlp.layers.')]}.{kind}"] = w
         else:
             raise ValueError(f"weight {name!r}: is none of ImageReward's")
-    out["vision.embeddings.class_embedding"] = out["vision.embeddings.class_embedding"].reshape(1, 1, -1)
     return out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 
@@ -20,24 +21,27 @@ class Block(NamedTuple):
 
 def draw_grid(columns: dict[str, Block], prompts: list[str], path: Path) -> None:
     """One row per prompt, one block per column title; each image has its score: right or wrong if it is 1 or 0."""
-    rows, (n, _, _, W) = len(prompts), next(iter(columns.values())).images.shape[1:]
-    side = 0.9 if W <= 64 else 1.8  # inches
-    figure = Figure(figsize=(side * n * len(columns) + 2.6, side * rows + 0.5))
+    rows, (n, _, H, W) = len(prompts), next(iter(columns.values())).images.shape[1:]
+    width = min(max(0.9, W / 150), 2.4)  # inches
+    figure = Figure(figsize=(width * n * len(columns) + 2.6, (width * H / W + 0.15) * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, n * len(columns), squeeze=False)
+    smooth = "nearest" if W <= 64 else "antialiased"
     for column, (title, block) in enumerate(columns.items()):
         for i, j in product(range(rows), range(n)):
             ax, score = axes[i, column * n + j], block.scores[i, j].item()
-            mark, colour = {1: ("✓", "#2a7f3b"), 0: ("✗", "#c0392b")}.get(score, (f"{score:.3g}", "#1f5fa8"))
-            ax.imshow(block.images[i, j].permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.imshow(block.images[i, j].permute(1, 2, 0).numpy(), interpolation=smooth)
             ax.set(xticks=[], yticks=[])
-            for edge in ax.spines.values():
-                edge.set(color=colour, linewidth=2)
-            ax.text(0.97, 0.03, mark, transform=ax.transAxes, ha="right", va="bottom", color=colour, fontsize=11,
-                    fontweight="bold")
+            if score in (0, 1):
+                mark, colour = ("✗", "#c0392b") if score == 0 else ("✓", "#2a7f3b")
+                ax.text(0.97, 0.03, mark, transform=ax.transAxes, ha="right", va="bottom", color=colour, fontsize=11,
+                        fontweight="bold")
+                for edge in ax.spines.values():
+                    edge.set(color=colour, linewidth=2)
+            else:
+                ax.set_xlabel(f"{score:.3g}", fontsize=8, labelpad=2)
         axes[0, column * n].set_title(title, loc="left", fontsize=11)
     for i, prompt in enumerate(prompts):
         axes[i, 0].set_ylabel(textwrap.fill(prompt, 22, max_lines=6), rotation=0, ha="right", va="center", fontsize=8)
-    figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
 
 
@@ -52,5 +56,6 @@ def draw_curve(lines: list[dict], judge: str, path: Path) -> None:
         ax.set_title(label, loc="left", fontsize=9)
         ax.grid(alpha=0.3)
     axes[1].set_xlabel("iteration")
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -29,10 +29,11 @@ def generator_of(*key: int) -> torch.Generator:
 def read(path: str | Path) -> tuple[list[str], list[str]]:
     """(prompts, report): distinct prompts in their order; a line for each line left out, empty or seen before.
 
-    UTF-8; spaces around a prompt are not part of it. Raises ValueError for a file that cannot be read or has no prompt.
+    UTF-8, with or without a byte order mark; spaces around a prompt are not part of it. Raises ValueError for a file
+    that cannot be read or has no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts {str(path)!r}: cannot be read ({error}); must be a text file in UTF-8") from None
     first, report = {}, []

@@ -12,12 +12,11 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from zoo import shapes
@@ -38,7 +37,10 @@ class Spec(NamedTuple):
 
 
 def parse_one(text: str) -> Spec:
-    """The parts of `name[=place[@revision]][:weight]` or `module:function[:weight]`. ValueError for anything else."""
+    """The parts of `name[=place[@revision]][:weight]` or `module:function[:weight]`. ValueError for anything else.
+
+    A place that exists here is no repository, and has no revision.
+    """
     head, colon, last = text.rpartition(":")
     try:
         weight, body = (float(last), head) if colon else (1.0, text)
@@ -47,6 +49,10 @@ def parse_one(text: str) -> Spec:
     name, _, place = body.partition("=")
     place, _, revision = place.partition("@")
     known = name in RULES or name in MODELS
+    if name.partition(":")[0] in (*RULES, *MODELS) and not known:
+        raise ValueError(f"reward {text!r}: its weight must be a positive number")
+    if revision and Path(place).exists():
+        raise ValueError(f"reward {text!r}: revision {revision!r} must be left out for a place on this machine")
     if not (known or (name.count(":") == 1 and all(name.split(":")))) or ("=" in body) != bool(place) \
             or (place and name not in MODELS):
         raise ValueError(f"reward {text!r}: must be one of {', '.join((*RULES, *MODELS))}, or module:function, then "
@@ -75,9 +81,9 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
             return getattr(module, spec.name)(spec.place, spec.revision or None).to(device)
         module, _, function = spec.name.partition(":")
         reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, OSError, ValueError, RuntimeError, SafetensorError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f"reward {spec.name!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # of files and modules that are not ours
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"reward {spec.name!r}: cannot be loaded ({said})") from error
     if not callable(reward):
         raise ValueError(f"reward {spec.name!r}: must be a function")
     return reward
@@ -101,7 +107,7 @@ class Rewards:
     @staticmethod
     @torch.no_grad()
     def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-        values = torch.as_tensor(reward(images, prompts)).detach().float().cpu()
+        values = torch.as_tensor(reward(images.clone(), prompts)).detach().float().cpu()  # its own copy to spoil
         if values.shape != (len(images),):
             raise ValueError(f"reward {name!r} of prompt {prompts[0]!r} and the others of its batch has shape "
                              f"{tuple(values.shape)}: must be one float an image, [{len(images)}]")
