@@ -586,22 +586,25 @@ class Run:
         return {f"heldout_{name}": value for name, value in first.items()}
 
     def save(self, iterations: int) -> None:
-        """Write the weights, curve.png and summary.json as of now."""
-        o = self.o
-        self.ranks.gather(None)  # nobody trains on while the weights are read
-        saved = self.policy.save(self.folder if self.ranks.rank == 0 else Path(), self.ranks.rank == 0)
-        if self.ranks.rank > 0:
-            return
-        pictures.draw_curve(self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png")
+        """Write the weights, curve.png and summary.json as of now; no rank goes on, or away, before that is done."""
+        main = self.ranks.rank == 0
+        self.summary["weights"] = self.policy.save(self.folder if main else Path(), main)
+        if main:
+            pictures.draw_curve(self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png")
+            self.summarise(iterations)
+        self.ranks.gather(None)
+
+    def summarise(self, iterations: int) -> None:
+        """Write summary.json: held-out figures, and where, with what and how long."""
+        o, device = self.o, self.ranks.device
         packages = ("torch", "numpy", "diffusers", "transformers", "peft") if o.model else ("torch", "numpy")
         versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
-        cuda = self.ranks.device.type == "cuda"
-        where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {"seconds": round(time.perf_counter() - self.began, 1), "iterations": iterations,
-                         "interrupted": iterations < o.iterations, "seed": o.seed, "weights": saved, "device": where,
+                         "interrupted": iterations < o.iterations, "seed": o.seed, "device": where,
                          "ranks": self.ranks.world, "versions": versions,
                          "command": shlex.join(["python", *sys.argv])}
-        if cuda:
+        if device.type == "cuda":
             self.summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
 
