@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
@@ -149,14 +150,14 @@ def settle(given: dict) -> Options:
             raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")
         defaults = RELEASED | own | ({"tune": "full"} if "preset" in given else {})
         defaults["lr"] = LR.get(given.get("tune", defaults["tune"]), LR["lora"])
-        defaults["eval_reward"] = given.get("reward", ())
+        defaults["eval_reward"] = tuple(map(zoo_rewards.unweighted, given.get("reward", ())))
     return Options(**(defaults | given))
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """One line and status 2."""
-        self.exit(2, f"train.py: error: {message}\n")
+        """One line, of rank 0, and status 2."""
+        self.exit(2, f"train.py: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -252,6 +253,8 @@ def rules(o: Options, world: int) -> list[tuple[str, Callable, str]]:
         ("tune", lambda z: z == "full" or (z == "lora") == bool(o.model), "lora or full" if o.model else
          "transformer or full without --model"),
         ("reward", bool, "given: one reward or more"), ("eval_reward", bool, "given: one reward or more"),
+        ("eval_reward", lambda z: all(spec.weight == 1 for spec in zoo_rewards.parse(z)),
+         "without weights: judges are not summed"),
         ("prompts", lambda z: z or not o.model, "given with --model"),
         ("eval_prompts", lambda z: bool(z) == bool(o.prompts), "given with --prompts, and only with it"),
         ("sample", lambda z: bool(z) == bool(o.prompt), "given with --prompt"),
@@ -318,7 +321,8 @@ class Ranks:
         if o.threads:
             torch.set_num_threads(o.threads)
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # Ranks wait for each other while one loads or writes tens of gigabytes.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         return cls(rank, world, device)
 
     def share(self, n: int) -> range:
@@ -611,9 +615,9 @@ class Run:
 
 def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.Rewards, data: Prompts,
           ranks: Ranks) -> None:
-    """Judge, align, judge again. Whatever ends the run early, what it has is kept.
+    """Judge, align, judge again.
 
-    The first Ctrl-C ends it after the iteration it falls in; a reward that breaks its contract, before the update.
+    The first Ctrl-C ends the run after the iteration it falls in, a reward that fails at once; both keep what there is.
     """
     run, stop, done, problem = Run(o, policy, judges, data, ranks), [], 0, None
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -636,9 +640,10 @@ def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.
             bar.set_postfix({"reward": f"{metrics['reward']:.3f}", "ratio": f"{metrics['ratio_1']:.5f}",
                              "clipped": f"{metrics['clip_fraction_1']:.2f}"})
             evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
-            with averaged() if evaluated else nullcontext():
-                run.log(line | (run.judge() if evaluated else {}))
-                if evaluated:
+            run.log(line)
+            if evaluated:
+                with averaged():
+                    run.log({"iteration": iteration, **run.judge()})
                     run.picture(f"after {iteration} iterations")
                     run.save(done)
         with averaged():
@@ -647,11 +652,12 @@ def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.
                 run.log({"iteration": done, **run.judge("after")})
     except Stopped as error:
         problem = error
-    with averaged():
-        run.save(done)
-    if ranks.rank == 0:
-        print(f"{'finished' if done == o.iterations else 'interrupted'} after {done} iterations and "
-              f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")
+    if done or not problem:
+        with averaged():
+            run.save(done)
+        if ranks.rank == 0:
+            print(f"{'finished' if done == o.iterations else 'interrupted'} after {done} iterations and "
+                  f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")
     if problem:
         raise problem
 
@@ -663,7 +669,8 @@ def loaded(o: Options, policy, data: Prompts, ranks: Ranks) -> list[zoo_rewards.
         asked = () if o.evaluate or o.sample else needed_prompts(o, policy, data, ranks)
         policy.load(asked, ranks.device, ranks.rank, ranks.world)
     except ValueError as problem:
-        Parser().error(str(problem))
+        sys.stderr.write(f"train.py: error: {problem}\n")  # perhaps of this rank alone
+        sys.exit(2)
     cut_off = sorted(set(chain(*ranks.gather(policy.cut_off))))
     if ranks.rank == 0 and cut_off:
         print("\n".join(cut_off), flush=True)

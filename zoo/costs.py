@@ -61,12 +61,13 @@ def describe(o, steps: Sequence[int], policy, heldout: int, world: int, device: 
         + (f"; each is {sizes.rows} rows of the network, for guidance" if sizes.rows > 1 else ""),
         f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained evaluations, "
         f"{100 * more:.1f} % more forwards; no image, no reward",
-        f"  on a rank: {images} images; network calls per step at most {calls(live, o.rollout_batch)} rows "
+        f"  on a rank: {images} images; velocity calls of a step at most {calls(live, o.rollout_batch)} rows "
         f"(--rollout-batch {o.rollout_batch})" + ("; VAE calls " + calls(images, o.decode_batch)
                                                   + f" (--decode-batch {o.decode_batch})" if o.model else "")
         + f"; reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
         f"  {o.updates} update{'s' * (o.updates > 1)}, each of {states} observed states on a rank in backward passes: "
-        f"{calls(states, o.update_batch)} (--update-batch {o.update_batch}), gradients added up: the same gradient",
+        f"{calls(states, o.update_batch)} (--update-batch {o.update_batch}), gradients added up: the same gradient; "
+        f"velocity calls of up to {min(o.update_batch or states, states) * max(1, len(o.factors))} rows",
         f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained"
         + (f", sharded over {world} ranks" if policy.sharded else "") + "; memory of a rank, GiB: "
         + " + ".join(f"{size:.2f} {name}" for name, size in held if size) + f" = {sum(s for _, s in held):.2f}, "

@@ -102,9 +102,11 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
     Raises ValueError for a pipeline of another family, before its weights are read.
     """
     family_of(path, revision)
-    dtypes = {"transformer": master or dtype, "default": dtype}
+    parts = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision))
+    absent = {name: None for name, part in parts.items() if isinstance(part, list | tuple) and part[0] is None}
+    dtypes = {"transformer": master or dtype, "default": dtype}  # absent: an SD3 without T5 must be told so
     pipe = readable(path, lambda: DiffusionPipeline.from_pretrained(path, dtype=dtypes, revision=revision,
-                                                                    use_safetensors=True), bars)
+                                                                    use_safetensors=True, **absent), bars)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
@@ -145,11 +147,16 @@ class Flow:
         return self.pipe.transformer
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one latent of a picture, without the batch. Raises ValueError for sides that do not divide."""
+        """The shape of one latent of a picture, without the batch.
+
+        Raises ValueError for sides that do not divide, or for which SD3's table of positions is too small.
+        """
         reduction = self.pipe.vae_scale_factor
         unit = reduction * (2 if self.is_flux else self.transformer.config.patch_size)
-        if min(height, width) <= 0 or height % unit or width % unit:
-            raise ValueError(f"size {height} x {width}: both must be positive multiples of {unit}")
+        most = unit * (self.transformer.config.get("pos_embed_max_size") or 10**6)
+        if min(height, width) <= 0 or height % unit or width % unit or max(height, width) > most:
+            up_to = f" up to {most}" if most < 10**6 else ""
+            raise ValueError(f"size {height} x {width}: both must be positive multiples of {unit}{up_to}")
         h, w, channels = height // reduction, width // reduction, self.transformer.config.in_channels
         return (h * w // 4, channels) if self.is_flux else (channels, h, w)
 
@@ -215,12 +222,13 @@ class Flow:
         """Whether a velocity takes two evaluations a row, with the prompt and without: SD3 with guidance above 1.
 
         Raises ValueError for a guidance the model cannot take: FLUX with the guidance embedding needs one above 0, FLUX
-        without it (schnell) none, SD3 any from 0.
+        without it (schnell) none, SD3 one above 1, or 0 or 1 for none.
         """
         embeds = self.is_flux and bool(self.transformer.config.guidance_embeds)
-        if not 0 <= guidance < float("inf") or (self.is_flux and (guidance > 0) != embeds):
+        fits = (guidance > 0) == embeds if self.is_flux else guidance >= 1 or guidance == 0
+        if not (fits and 0 <= guidance < float("inf")):
             takes = "above 0: this FLUX model takes guidance" if embeds else "0: this FLUX model has no guidance input"
-            raise ValueError(f"guidance={guidance}: must be {takes if self.is_flux else '0 or more'}")
+            raise ValueError(f"guidance={guidance}: must be {takes if self.is_flux else 'above 1, or 0 for none'}")
         return not self.is_flux and guidance > 1
 
     def velocity(self, texts: Texts, height: int, width: int, guidance: float, empty: Texts | None = None,

@@ -18,6 +18,7 @@ Constructors look at configurations only and raise ValueError, in one line, for 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +138,8 @@ class Released:
         self.flow.move_encoders(device)
         self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         self.texts = self.flow.encode(list(self.row), bars=rank == 0)
-        self.empty = self.flow.encode([""]) if self.flow.splits(self.guidance) else None
+        empty = self.flow.encode([""]) if self.flow.splits(self.guidance) else None
+        self.empty = empty and type(empty)(*(part.to(device) for part in empty))
         self.flow.drop_encoders()
         self.flow.pipe.vae.to(device)
         network = self.network = self.flow.transformer
@@ -146,11 +148,13 @@ class Released:
             network.enable_gradient_checkpointing()
         if self.tune == "lora":
             network.to(device)
+            # Adapters are float32: without autocast, so would be every product with them.
+            self.flow = dataclasses.replace(self.flow, autocast=self.dtype != torch.float32)
             self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, seed=self.seed)
             return self
         if self.with_reference:
-            with diffusion.quiet():
-                self.reference = copy.deepcopy(network).to(self.dtype)
+            weights = {name: w.clone() for name, w in network.state_dict().items()}
+            self.reference = tuning.copied(self.plain, network.config, weights, self.dtype)
         network.requires_grad_(True)
         mesh = init_device_mesh(device.type, (world,)) if self.sharded else None
         for module in filter(None, (network, self.reference)):

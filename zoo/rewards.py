@@ -62,6 +62,17 @@ def parse_one(text: str) -> Spec:
     return Spec(name, place, revision, weight)
 
 
+def unweighted(text: str) -> str:
+    """The same reward as written without its weight, as a judge. Raises ValueError as parse_one."""
+    parse_one(text)
+    head, _, last = text.rpartition(":")
+    try:
+        float(last)
+    except ValueError:
+        return text
+    return head
+
+
 def parse(texts: Sequence[str]) -> list[Spec]:
     """The parts of each. Raises ValueError for a name given twice."""
     specs = [parse_one(text) for text in texts]

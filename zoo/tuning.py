@@ -56,7 +56,7 @@ def add_lora(flow: Flow, rank: int = 64, alpha: float = 128, targets: Sequence[s
     if rank < 1 or not alpha > 0:
         raise ValueError(f"rank={rank}, alpha={alpha}: must be 1 or more, and above 0")
     names = list(matrices(flow.transformer, targets))
-    with torch.random.fork_rng():  # peft's initialiser knows only the global generator
+    with torch.random.fork_rng(devices=[]):  # peft's initialiser knows only the global generator
         torch.manual_seed(seed)
         flow.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
     tuned = [p for p in flow.transformer.parameters() if p.requires_grad]
@@ -98,11 +98,16 @@ def shard(network: nn.Module, dtype: torch.dtype, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
+def copied(plain: type[nn.Module], config: dict, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """A module of diffusers' class `plain` with these weights, each cast by itself, on the CPU, frozen."""
+    with torch.device("meta"):
+        network = plain.from_config(config)
+    network.load_state_dict({name: w.detach().to("cpu", dtype) for name, w in weights.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
 def save_full(network: nn.Module, plain: type[nn.Module], folder: str | Path, dtype: torch.dtype, main: bool) -> None:
     """Write the transformer, an instance of diffusers' class `plain`, in `dtype`. Every rank calls; `main` writes."""
     weights = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if main:
-        with torch.device("meta"):
-            whole = plain.from_config(network.config)
-        whole.load_state_dict({name: w.detach().to("cpu", dtype) for name, w in weights.items()}, assign=True)
-        whole.save_pretrained(str(folder), safe_serialization=True)
+        copied(plain, network.config, weights, dtype).save_pretrained(str(folder), safe_serialization=True)
