@@ -153,8 +153,7 @@ class Released:
             self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, seed=self.seed)
             return self
         if self.with_reference:
-            weights = {name: w.clone() for name, w in network.state_dict().items()}
-            self.reference = tuning.copied(self.plain, network.config, weights, self.dtype)
+            self.reference = tuning.copied(self.plain, network.config, network.state_dict(), self.dtype)
         network.requires_grad_(True)
         mesh = init_device_mesh(device.type, (world,)) if self.sharded else None
         for module in filter(None, (network, self.reference)):

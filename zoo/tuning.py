@@ -102,7 +102,7 @@ def copied(plain: type[nn.Module], config: dict, weights: dict[str, torch.Tensor
     """A module of diffusers' class `plain` with these weights, each cast by itself, on the CPU, frozen."""
     with torch.device("meta"):
         network = plain.from_config(config)
-    network.load_state_dict({name: w.detach().to("cpu", dtype) for name, w in weights.items()}, assign=True)
+    network.load_state_dict({name: w.detach().to("cpu", dtype, copy=True) for name, w in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
