@@ -218,8 +218,8 @@ def check(o: Options, given: set[str]) -> None:
     for name, good, wanted in rules(o, world):
         value = getattr(o, name)
         if not good(value):
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise ValueError(f"--{name.replace('_', '-')} {shown}: must be {wanted}")
+            flag, values = "--" + name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
+            raise ValueError(f"{' '.join(map(str, (flag, *values))).strip()}: must be {wanted}")
     pave.check_factors(o.factors)
     data, specs = prompts_of(o), [spec for texts in (o.reward, o.eval_reward) for spec in zoo_rewards.parse(texts)]
     asked = (*data.train, *data.heldout, *o.prompt)
@@ -454,8 +454,7 @@ def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[
     The loss is a mean over states or over their members, alike in number: sum_parts share * loss(part) is the loss.
     """
     P, n, A = rollout.x_t.shape[:3]
-    batch = batch or P * n * A
-    sizes = max(1, batch // (n * A)), min(n, max(1, batch // A)), min(A, batch)
+    sizes = costs.part_sizes(P, n, A, batch)
     cuts = [[slice(i, min(i + size, total)) for i in range(0, total, size)] for size, total in zip(sizes, (P, n, A))]
     every = slice(None)
     for p, i, a in product(*cuts):
@@ -545,7 +544,7 @@ class Run:
 
     def __init__(self, o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts, ranks: Ranks):
         self.o, self.policy, self.judges, self.data, self.ranks = o, policy, judges, data, ranks
-        self.lines, self.columns, self.began = [], {}, time.perf_counter()
+        self.lines, self.columns, self.began, self.complete = [], {}, time.perf_counter(), False
         self.summary: dict = {"heldout": {}, "heldout_family": {}, "diversity": {}}
         if ranks.rank == 0:
             self.folder = Path(o.out) if o.out else next(
@@ -605,7 +604,7 @@ class Run:
         versions = {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {"seconds": round(time.perf_counter() - self.began, 1), "iterations": iterations,
-                         "interrupted": iterations < o.iterations, "seed": o.seed, "device": where,
+                         "interrupted": not self.complete, "seed": o.seed, "device": where,
                          "ranks": self.ranks.world, "versions": versions,
                          "command": shlex.join(["python", *sys.argv])}
         if device.type == "cuda":
@@ -652,18 +651,19 @@ def train(o: Options, policy, rewards: zoo_rewards.Rewards, judges: zoo_rewards.
                 run.log({"iteration": done, **run.judge("after")})
     except Stopped as error:
         problem = error
+    run.complete = done == o.iterations and not problem
     if done or not problem:
         with averaged():
             run.save(done)
         if ranks.rank == 0:
-            print(f"{'finished' if done == o.iterations else 'interrupted'} after {done} iterations and "
+            print(f"{'finished' if run.complete else 'interrupted'} after {done} iterations and "
                   f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}")
     if problem:
         raise problem
 
 
 def loaded(o: Options, policy, data: Prompts, ranks: Ranks) -> list[zoo_rewards.Rewards]:
-    """[rewards, judges], the policy loaded too. What cannot be loaded is one line and status 2."""
+    """[rewards, judges], the policy loaded too. What cannot be loaded is one line, of each rank where it fails."""
     try:
         found = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
         asked = () if o.evaluate or o.sample else needed_prompts(o, policy, data, ranks)

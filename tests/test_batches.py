@@ -1,5 +1,7 @@
 """What a run is asked with, and how it is cut: prompts of files, parts of a rollout, calls of a velocity."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import pave_grpo as pg
 import train
-from zoo import policies, prompts
+from zoo import costs, policies, prompts
 
 
 @st.composite
@@ -43,6 +45,10 @@ def test_the_parts_of_a_rollout_add_up_to_its_loss(made, batch, form, kl):
            if kl else None}
     whole = pg.policy_loss(velocity, rollout, A, **how).loss
     total, states = 0.0, 0
+    size = costs.part_sizes(*rollout.x_t.shape[:3], batch)  # what the cost of a run is counted with
+    passes = [part.rollout.x_t.shape[:3].numel() for part in train.parts_of(rollout, A, batch)]
+    assert len(passes) == math.prod(math.ceil(z / s) for z, s in zip(rollout.x_t.shape, size))
+    assert max(passes) == math.prod(size)
     for part in train.parts_of(rollout, A, batch):
         first = part.prompts.start
         shifted = lambda v, first=first: None if v is None else (lambda x, t, c: v(x, t, c + first))

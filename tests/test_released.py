@@ -325,7 +325,7 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_it(folders, failing, monkeyp
     assert stop.value.code == 2 and len(err) == 1 and "of prompt '" in err[0] and "is nan: must be a finite" in err[0]
     summary = json.loads(Path("run/summary.json").read_text())
     done = {"reward": 1, "judge": 2}[failing]  # judged twice before: a picture, and all of the held-out ones
-    assert summary["iterations"] == done and list(Path("run/lora").iterdir())
+    assert summary["iterations"] == done and summary["interrupted"] and list(Path("run/lora").iterdir())
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
 
 

@@ -404,5 +404,7 @@ def test_a_reward_that_breaks_its_contract_stops_with_the_prompt_named(values, s
     """One finite float per image, or one line."""
     with pytest.raises(ValueError, match=f"reward 'mine' .*{said}"):
         rewards.Rewards({"mine": lambda images, prompts: values}, {"mine": 1.0})(pictures(8, 28, 28), PROMPTS)
+    with pytest.raises(RuntimeError, match=r"reward 'mine' failed on prompt 'red' .*: KeyError: 'x'"):
+        rewards.Rewards({"mine": lambda images, prompts: {}["x"]}, {"mine": 1.0})(pictures(8, 28, 28), PROMPTS)
     listed = rewards.Rewards({"mine": lambda images, prompts: [1, 2, 3]}, {"mine": 1.0})  # numbers will do
     assert listed(pictures(8, 28, 28), PROMPTS)["mine"].tolist() == [1, 2, 3]

@@ -25,6 +25,16 @@ class Cost(NamedTuple):
         return self.sampled + (4 if checkpointing else 3) * self.trained + self.reference
 
 
+def part_sizes(prompts: int, steps: int, members: int, batch: int) -> tuple[int, int, int]:
+    """How many prompts, steps and members a backward pass takes, for at most `batch` states x_t (0: all of them).
+
+    Whole prompts where one fits, else some steps of one, else some members of one step.
+    """
+    batch = batch or prompts * steps * members
+    return (min(prompts, max(1, batch // (steps * members))), min(steps, max(1, batch // members)),
+            min(members, batch))
+
+
 def cost_of(o, steps: Sequence[int], factors: Sequence[int]) -> Cost:
     """Counted, for the stochastic steps and S: the anchor up to its last stochastic step, and G branches from each."""
     P, G, T, n = o.prompts_per_iteration, o.group_size, o.steps, len(steps)
@@ -50,6 +60,10 @@ def describe(o, steps: Sequence[int], policy, heldout: int, world: int, device: 
         size = min(batch or total, total)
         return f"{math.ceil(total / size)} of up to {size}"
 
+    axes = o.prompts_per_iteration // world, len(steps), 1 if o.rollouts == "shared_anchor" else o.group_size
+    part = part_sizes(*axes, o.update_batch)
+    passes = math.prod(math.ceil(total / size) for total, size in zip(axes, part, strict=True))
+    judged = o.heldout // IMAGES_PER_PROMPT
     masters = sizes.masters / 2**30
     held = [("frozen weights", sizes.frozen / 2**30), ("trained, float32", masters), ("gradients", masters),
             ("Adam", 2 * masters if o.optimizer == "adamw" else 0), ("EMA", masters if o.ema else 0)]
@@ -66,15 +80,15 @@ def describe(o, steps: Sequence[int], policy, heldout: int, world: int, device: 
                                                   + f" (--decode-batch {o.decode_batch})" if o.model else "")
         + f"; reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
         f"  {o.updates} update{'s' * (o.updates > 1)}, each of {states} observed states on a rank in backward passes: "
-        f"{calls(states, o.update_batch)} (--update-batch {o.update_batch}), gradients added up: the same gradient; "
-        f"velocity calls of up to {min(o.update_batch or states, states) * max(1, len(o.factors))} rows",
+        f"{passes} of up to {math.prod(part)} (--update-batch {o.update_batch}), gradients added up: the same gradient"
+        f"; velocity calls of up to {math.prod(part) * max(1, len(o.factors))} rows",
         f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained"
         + (f", sharded over {world} ranks" if policy.sharded else "") + "; memory of a rank, GiB: "
         + " + ".join(f"{size:.2f} {name}" for name, size in held if size) + f" = {sum(s for _, s in held):.2f}, "
         f"activations{', VAE and reward models' if o.model else ''} besides",
-        f"judged, before{f', every {o.eval_every} iterations' * bool(o.eval_every)} and after: {o.heldout} pictures, "
-        f"{IMAGES_PER_PROMPT} of each of {min(o.heldout // IMAGES_PER_PROMPT, heldout)} of the {heldout} held-out "
-        f"prompts (--heldout {o.heldout})"]
+        f"judged, before{f', every {o.eval_every} iterations' * bool(o.eval_every)} and after: {o.heldout} pictures of "
+        f"{min(judged, heldout)} of the {heldout} held-out prompts, {IMAGES_PER_PROMPT} each"
+        f"{' or more' * (judged > heldout)} (--heldout {o.heldout})"]
     judges, ascended = ({spec.name for spec in rewards.parse(z)} for z in (o.eval_reward, o.reward))
     if o.model and judges <= ascended:
         lines.append("every judge is ascended too, and will rise whatever happens to the pictures: see --eval-reward")

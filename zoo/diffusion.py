@@ -59,6 +59,7 @@ def quiet(bars: bool = True) -> Iterator[None]:
     bars: diffusers counts the parts it loads.
     """
     levels = [(z, z.get_verbosity()) for z in (diffusers_logging, transformers_logging)]
+    shown = transformers_logging.is_progress_bar_enabled()
     for library, _ in levels:
         library.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # it would show one for every part
@@ -68,6 +69,8 @@ def quiet(bars: bool = True) -> Iterator[None]:
         yield
     finally:
         diffusers_logging.enable_progress_bar()
+        if shown:
+            transformers_logging.enable_progress_bar()
         for library, level in levels:
             library.set_verbosity(level)
 

@@ -1,7 +1,8 @@
 """What a model is asked, and the randomness that belongs to each question.
 
 Prompts come from text files, one per line, or from the embedded world. Training prompts are drawn; held-out ones have
-a fixed order and fixed noise, IMAGES_PER_PROMPT pictures of each, the same before and after and for every seed.
+a fixed order and fixed noise, the same before and after and for every seed: IMAGES_PER_PROMPT pictures of each, and
+again where more are asked for than there are prompts.
 """
 
 from __future__ import annotations

@@ -118,7 +118,11 @@ class Rewards:
     @staticmethod
     @torch.no_grad()
     def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-        values = torch.as_tensor(reward(images.clone(), prompts)).detach().float().cpu()  # its own copy to spoil
+        try:
+            values = torch.as_tensor(reward(images.clone(), prompts)).detach().float().cpu()  # its own copy to spoil
+        except Exception as error:  # of a function that is not ours
+            raise RuntimeError(f"reward {name!r} failed on prompt {prompts[0]!r} and the others of its batch: "
+                               f"{type(error).__name__}: {error}") from error
         if values.shape != (len(images),):
             raise ValueError(f"reward {name!r} of prompt {prompts[0]!r} and the others of its batch has shape "
                              f"{tuple(values.shape)}: must be one float an image, [{len(images)}]")
