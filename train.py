@@ -135,7 +135,7 @@ RELEASED = {"reward": (), "eval_reward": (), "iterations": 300, "group_size": 12
             "shift": 3.0, "sde_steps": (0, 2, 4, 6), "eta": 0.8, "tune": "lora", "dtype": "bfloat16", "warmup": 0,
             "checkpointing": True, "rollout_batch": 16, "reward_batch": 16, "update_batch": 1, "eval_batch": 16,
             "eval_every": 50, "eval_steps": (16, 40), "heldout": 64}
-FAMILIES = {"FluxPipeline": ("paper-flux", {"guidance": 3.5}),  # a schnell has no guidance: --guidance 0
+PRESETS = {"FluxPipeline": ("paper-flux", {"guidance": 3.5}),  # a schnell has no guidance: --guidance 0
             "StableDiffusion3Pipeline": ("paper-sd3", {"guidance": 4.5})}  # of SD3 the paper gives no guidance
 LR = {"lora": 1e-4, "full": 2e-6}
 
@@ -145,7 +145,7 @@ def settle(given: dict) -> Options:
     defaults = {}
     if given.get("model"):
         from zoo import diffusion  # diffusers takes seconds to import
-        preset, own = FAMILIES[diffusion.family_of(given["model"], given.get("revision") or None)]
+        preset, own = PRESETS[diffusion.family_of(given["model"], given.get("revision") or None)]
         if given.get("preset", preset) != preset:
             raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")
         defaults = RELEASED | own | ({"tune": "full"} if "preset" in given else {})

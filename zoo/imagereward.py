@@ -46,6 +46,7 @@ class ImageReward(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(MLP(BERT(words, cross-attention to ViT(pixels))[0]) - mean) / std, as in the module docstring."""
         device = self.mlp[0].weight.device
         mean, std = (torch.tensor(z, device=device).view(3, 1, 1) for z in (MEAN, STD))
         corner = lambda d: round(d / 2)  # torchvision's; CLIP's processor rounds down

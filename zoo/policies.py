@@ -75,7 +75,7 @@ class Embedded:
 
     def velocity(self, prompts: Sequence[str], network: nn.Module | None = None) -> pave.Velocity:
         network = network or self.network
-        tokens = shapes_model.tokenize(list(prompts)).to(next(network.parameters(), torch.empty(0)).device)
+        tokens = shapes_model.tokenize(list(prompts)).to(next(network.parameters()).device)
         return lambda x, t, c: network(x, t, tokens[c])
 
     def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
@@ -170,6 +170,7 @@ class Released:
         return self.flow.velocity(texts, *self.size, self.guidance, self.empty, network)
 
     def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
+        """Of the frozen copy, or with the adapters off."""
         if self.reference is not None:
             return self.velocity(prompts, self.reference)
         from zoo import tuning
@@ -184,6 +185,7 @@ class Released:
         return self.flow.decode(x, *self.size, self.decode_batch)
 
     def save(self, folder: Path, main: bool) -> str:
+        """Into lora/, float32, or transformer/, in the dtype of computation."""
         from zoo import tuning
         if self.tune == "lora":
             if main:
@@ -220,6 +222,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
+        """Exchange weights and average, one tensor at a time."""
         for average, p in zip(self.average, self.tuned, strict=True):
             kept = p.detach().clone()
             p.copy_(average)

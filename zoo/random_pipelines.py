@@ -95,6 +95,7 @@ def t5_of(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
 
 
 def autoencoder(sizes: dict, scaling: float, shift: float) -> AutoencoderKL:
+    """An AutoencoderKL to 16 channels; latents are (z - shift) * scaling of what it encodes."""
     n = len(sizes["block_out_channels"])
     return AutoencoderKL(latent_channels=16, down_block_types=("DownEncoderBlock2D",) * n,
                          up_block_types=("UpDecoderBlock2D",) * n, use_quant_conv=False, use_post_quant_conv=False,

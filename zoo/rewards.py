@@ -64,13 +64,8 @@ def parse_one(text: str) -> Spec:
 
 def unweighted(text: str) -> str:
     """The same reward as written without its weight, as a judge. Raises ValueError as parse_one."""
-    parse_one(text)
-    head, _, last = text.rpartition(":")
-    try:
-        float(last)
-    except ValueError:
-        return text
-    return head
+    spec = parse_one(text)
+    return spec.name + f"={spec.place}" * bool(spec.place) + f"@{spec.revision}" * bool(spec.revision)
 
 
 def parse(texts: Sequence[str]) -> list[Spec]:
@@ -118,6 +113,7 @@ class Rewards:
     @staticmethod
     @torch.no_grad()
     def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+        """One batch of one reward, float32 [B] on the CPU. RuntimeError where it raises, ValueError as __call__."""
         try:
             values = torch.as_tensor(reward(images.clone(), prompts)).detach().float().cpu()  # its own copy to spoil
         except Exception as error:  # of a function that is not ours
