@@ -45,9 +45,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import costs, pictures, policies, shapes, shapes_model
-from zoo import rewards as zoo_rewards
-from zoo.prompts import IMAGES_PER_PROMPT, Prompts, generator_of
+from zoo.rewards import spec as zoo_rewards
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
+from zoo.training import costs, pictures, policies
+from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts, generator_of
 
 # ---- Options -----------------------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ def settle(given: dict) -> Options:
     """Options of a command line: what it says, over the preset's values, over the defaults. ValueError of one line."""
     defaults = {}
     if given.get("model"):
-        from zoo import diffusion  # diffusers takes seconds to import
+        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
         preset, own = PRESETS[diffusion.family_of(given["model"], given.get("revision") or None)]
         if given.get("preset", preset) != preset:
             raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")

@@ -3,7 +3,7 @@
     python verify_equivalence.py                                    every claim, in float64: two minutes on 2 CPU cores
     python verify_equivalence.py --claims E2 E7 --kernels cps --factors 2 4
     python verify_equivalence.py --model CHECKPOINT --prompt TEXT   the same on a trained model, in its dtype
-    python verify_equivalence.py --against my_code:transition       judge another implementation (zoo/judging.py)
+    python verify_equivalence.py --against my_code:transition       judge another implementation (zoo/oracle/judging.py)
     python verify_equivalence.py --vectors DIR                      write golden vectors; --check-vectors re-checks them
 
 A transition x_t -> x_s was sampled by one stochastic step, a Gaussian with mean mu^(1) and standard deviation c_1. Its
@@ -11,7 +11,7 @@ k-term scores it again as if made by k-1 deterministic sub-steps and one stochas
 c_k. The reward attribution of a sample with advantage A is A (x_s - mu)/c^2, what its reward asks of the mean. Members
 of a group branch from one state ("shared anchors") or are trajectories of their own ("independent").
 
-Every statement E1 to E11 is put to the test on velocity fields with a known answer and on networks (zoo/fields.py),
+Every statement E1 to E11 is put to the test on velocity fields with a known answer and on networks (zoo/oracle/fields.py),
 what is claimed false like what is claimed true. Each row gets one verdict, beside the one registered here in advance:
 
     EXACT          both sides agree to the tolerance, which is derived: rounding, or Z standard errors
@@ -47,7 +47,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import fields, judging, shapes, shapes_model, vectors
+from zoo.oracle import fields, judging, vectors
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
 
 SCHEMA = 1
 FALSE_ALARM = 1e-6   # of a whole report, shared out equally (Bonferroni) over
@@ -1172,7 +1174,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vary-seed", type=int, metavar="N", help="repeat the statistical claims with N fresh seeds: the failure rate")
     add("--against", metavar="MODULE:FUNCTION",
         help="judge another implementation of a transition, a log-probability or "
-        "a loss; python -m pydoc zoo.judging has the signatures")
+        "a loss; python -m pydoc zoo.oracle.judging has the signatures")
     add("--vectors", metavar="DIR", help="write golden vectors into a new folder")
     add("--check-vectors", metavar="DIR", help="recompute golden vectors and compare")
     add("--model", metavar="CHECKPOINT",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 import pave_grpo as pg
-from zoo.fields import gaussian_law  # noqa: F401  (the law of a sampler without a sample)
+from zoo.oracle.fields import gaussian_law  # noqa: F401  (the law of a sampler without a sample)
 
 EPS = torch.finfo(torch.float64).eps  # one rounding is off by at most EPS / 2, relatively
 KERNELS, MODES = ("flow_sde", "cps", "dance"), ("independent", "shared_anchor")

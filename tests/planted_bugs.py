@@ -1,4 +1,4 @@
-"""Plants the bugs of zoo/bugs.py and asks whether the test suite notices.
+"""Plants the bugs of zoo/oracle/bugs.py and asks whether the test suite notices.
 
     python tests/planted_bugs.py                    all of them, and the correct variants
     python tests/planted_bugs.py "coarse std"       those named
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from zoo import bugs  # noqa: E402
+from zoo.oracle import bugs  # noqa: E402
 
 SUITES = {  # the fast subset that should notice a bug of each level
     "transition": ["test_kernels.py", "test_decomposition.py"],

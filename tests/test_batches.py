@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import pave_grpo as pg
 import train
-from zoo import costs, policies, prompts
+from zoo.training import costs, policies, prompts
 
 
 @st.composite

@@ -7,8 +7,8 @@ import torch
 
 import pave_grpo as pg
 import verify_equivalence as oracle
-from zoo import diffusion
-from zoo import random_pipelines as pipelines
+from zoo.released import pipeline as diffusion
+from zoo.released import random_pipelines as pipelines
 
 PROMPTS = ["two red circles", "a square", "a dog"]
 FAMILIES = {"sd3": pipelines.sd3, "flux-dev": lambda f: pipelines.flux(f, True),

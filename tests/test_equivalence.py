@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 import pave_grpo as pg
 import verify_equivalence as oracle
-from zoo.fields import OnlyCall
+from zoo.oracle.fields import OnlyCall
 
 dims, groups = st.integers(1, 5), st.integers(2, 9)
 grids = st.tuples(st.sampled_from([1.0, 0.9]), st.floats(0.3, 0.8), st.floats(0.05, 0.25))

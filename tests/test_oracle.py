@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import verify_equivalence as oracle
-from zoo import bugs, fields, judging, vectors
+from zoo.oracle import bugs, fields, judging, vectors
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = tuple(oracle.CLAIMS)

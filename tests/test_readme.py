@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import pave_grpo
-from zoo import random_pipelines, shapes_model, vectors
+from zoo.oracle import vectors
+from zoo.released import random_pipelines
+from zoo.shapes import model as shapes_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,8 +27,8 @@ SHORT = {"--iterations": "1", "--heldout": "4", "--prompts-per-iteration": "2", 
 def tiny(words: list[str], folder: Path) -> list[str]:
     """The same command line on a tiny pipeline of the model's family and rewards that need no hub."""
     family = "flux" if "flux" in words[words.index("--model") + 1].lower() else "sd3"
-    shown = {"--model": [str(folder / family)], "--reward": ["zoo.example_reward:warmth"],
-             "--eval-reward": ["zoo.example_reward:contrast"], "--size": ["32", "32"]}
+    shown = {"--model": [str(folder / family)], "--reward": ["zoo.rewards.example:warmth"],
+             "--eval-reward": ["zoo.rewards.example:contrast"], "--size": ["32", "32"]}
     for flag, values in shown.items():
         if flag in words:
             start = words.index(flag) + 1
@@ -46,13 +48,13 @@ def shortened(command: str, pipelines: Path) -> list[str]:
     if words[0] == "torchrun":
         words = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[2:]]
     assert words[0] == "python", command
-    if words[1:3] == ["-m", "zoo.random_pipelines"]:
+    if words[1:3] == ["-m", "zoo.released.random_pipelines"]:
         return [sys.executable, *(w for w in words[1:] if w != "--real")]
     if words[1:3] == ["-m", "pytest"]:
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)]
-    if words[1:3] == ["-m", "zoo.pretrain_shapes"]:
+    if words[1:3] == ["-m", "zoo.shapes.pretrain"]:
         return [sys.executable, *words[1:], "--dry-run"]
-    if words[1:3] == ["-m", "zoo.gradient_signal"]:
+    if words[1:3] == ["-m", "zoo.shapes.gradient_signal"]:
         return [sys.executable, *words[1:], "--batches", "2", "--sde-steps", "1"]
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     words[script] = str(ROOT / words[script])

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 
 import pave_grpo as pg
 import train
-from zoo import diffusion, policies, prompts, random_pipelines, shapes_model
+from zoo.released import pipeline as diffusion
+from zoo.released import random_pipelines
+from zoo.shapes import model as shapes_model
+from zoo.training import policies, prompts
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--reward", "zoo.example_reward:warmth:2", "--eval-reward", "zoo.example_reward:contrast",
+SMALL = ["--reward", "zoo.rewards.example:warmth:2", "--eval-reward", "zoo.rewards.example:contrast",
          "--size", "32", "32", "--heldout", "4", "--iterations", "1", "--eval-steps", "2", "--eval-every", "0",
          "--prompts-per-iteration", "2", "--group-size", "3", "--steps", "3", "--sde-steps", "0", "1",
          "--dtype", "float32", "--device", "cpu"]
@@ -82,7 +85,7 @@ def test_a_lora_run_gives_plain_diffusers_our_pictures(folders, name, capsys):
     printed = capsys.readouterr().out
     assert "line 2: empty, left out" in printed and "line 4: 'a red dog' is line 1 again" in printed
     assert "of which CLIPTokenizer reads 77" in printed and "trained (4 forwards each)" in printed
-    assert metrics["reward"] == pytest.approx(2 * metrics["reward_zoo.example_reward:warmth"])
+    assert metrics["reward"] == pytest.approx(2 * metrics["reward_zoo.rewards.example:warmth"])
     assert metrics["grad_norm"] > 0
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["weights"] == "lora" and set(summary["heldout"]["after"]) == {"2"}
@@ -102,7 +105,7 @@ def test_a_lora_run_gives_plain_diffusers_our_pictures(folders, name, capsys):
                           latents=noise.clone(), output_type="pt").images
         scores.append(images.float().flatten(1).std(1).mean().item())
         pipe.load_lora_weights("run/lora")
-    judge = "zoo.example_reward:contrast"
+    judge = "zoo.rewards.example:contrast"
     ours = [summary["heldout"][when]["2"][judge] for when in ("before", "after")]
     assert ours == pytest.approx(scores, abs=2e-5) and abs(ours[1] - ours[0]) > 1e-3
 
@@ -195,7 +198,7 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders):
         lines = [[json.loads(line) for line in Path(f"{z}-{case}/metrics.jsonl").read_text().splitlines()]
                  for z in ("one", "two")]
         for a, b in zip(*lines, strict=True):
-            for key in {"reward", "grad_norm", "kl", "heldout_zoo.example_reward:contrast", "heldout_rule"} & set(a):
+            for key in {"reward", "grad_norm", "kl", "heldout_zoo.rewards.example:contrast", "heldout_rule"} & set(a):
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-7), (case, key)
 
 
@@ -225,11 +228,11 @@ def test_presets_are_the_authors_setting(folders):
              "max_grad_norm": 1.0, "iterations": 300, "prompts_per_iteration": 8, "updates": 1, "warmup": 0,
              "dtype": "bfloat16", "rank": 64, "alpha": 128.0, "eval_steps": (16, 40)}
     for name, guidance in (("flux", 3.5), ("sd3", 4.5)):
-        given = {"model": str(folders[name]), "reward": ("zoo.example_reward:warmth:2",)}
+        given = {"model": str(folders[name]), "reward": ("zoo.rewards.example:warmth:2",)}
         o, preset = train.settle(given), train.settle(given | {"preset": f"paper-{name}"})
         for z in (o, preset):
             assert {key: getattr(z, key) for key in paper} == paper and z.guidance == guidance
-            assert z.eval_reward == ("zoo.example_reward:warmth",)
+            assert z.eval_reward == ("zoo.rewards.example:warmth",)
         assert (o.tune, o.lr) == ("lora", 1e-4) and (preset.tune, preset.lr) == ("full", 2e-6)
         assert train.settle(given | {"preset": f"paper-{name}", "tune": "lora"}).lr == 1e-4
         assert train.settle(given | {"lr": 3e-5}).lr == 3e-5
@@ -268,9 +271,9 @@ BAD = {
     "--tune transformer": "--tune transformer", "--preset paper-sd3": "--preset paper-sd3: must be paper-flux",
     "--reward": "--reward", "--reward rule": "judge the embedded world only", "--reward nothing": "reward 'nothing'",
     "--sigmas pipeline --shift 2": "--shift", "--tune full --rank 4": "--rank", "--rank 0": "--rank 0",
-    "--reward zoo.no:f": "zoo.no", "--reward zoo.example_reward:no": "has no attribute 'no'",
+    "--reward zoo.no:f": "zoo.no", "--reward zoo.rewards.example:no": "has no attribute 'no'",
     "--reward clip=nowhere_at_all": "reward 'clip': cannot be loaded", "--reward clip:much": "its weight must be",
-    "--reward zoo.hpsv3:reward": "reward 'zoo.hpsv3:reward': cannot be loaded (No module named 'hpsv3')",
+    "--reward zoo.rewards.hpsv3:reward": "reward 'zoo.rewards.hpsv3:reward': cannot be loaded (No module named 'hpsv3')",
     "--revision main": "revision 'main': must be a folder, without a revision", "--out /proc/run": "--out /proc/run",
     "--reward clip=.@main": "revision 'main' must be left out", "--eval-reward clip:7": "must be without weights",
 }
@@ -318,7 +321,7 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_it(folders, failing, monkeyp
     what = {"reward": "warmth", "judge": "contrast"}[failing]
     if failing == "reward":
         calls.append(1)
-    monkeypatch.setattr(f"zoo.example_reward.{what}", failing_at_last)
+    monkeypatch.setattr(f"zoo.rewards.example.{what}", failing_at_last)
     with pytest.raises(SystemExit) as stop:
         run(folders, "flux", "run", "--iterations", "2", "--rank", "2")
     err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -390,7 +393,7 @@ def test_every_batch_flag_bounds_its_calls(folders, monkeypatch):
     data, ranks = train.prompts_of(o), train.Ranks(0, 1, torch.device("cpu"))
     policy = train.policy_of(o)
     seen = {"sampled": [], "trained": [], "vae": [], "reward": [], "block": []}
-    monkeypatch.setattr("zoo.example_reward.warmth",
+    monkeypatch.setattr("zoo.rewards.example.warmth",
                         lambda images, _: seen["reward"].append(len(images)) or images.mean((1, 2, 3)))
     reward, _ = train.loaded(o, policy, data, ranks)
     kind = lambda: "trained" if torch.is_grad_enabled() else "sampled"

@@ -11,8 +11,9 @@ from PIL import Image
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from zoo import dual_encoders, imagereward, rewards
-from zoo import random_pipelines as pipelines
+from zoo.released import random_pipelines as pipelines
+from zoo.rewards import dual_encoders, imagereward
+from zoo.rewards import spec as rewards
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "hidden_act": "gelu"}
@@ -337,12 +338,12 @@ def test_hpsv3_goes_through_its_package(monkeypatch):
             return [torch.tensor([red + len(prompt), 0.1]) for red, prompt in zip(reds, prompts, strict=True)]
 
     monkeypatch.setitem(sys.modules, "hpsv3", types.SimpleNamespace(HPSv3RewardInferencer=HPSv3RewardInferencer))
-    monkeypatch.delitem(sys.modules, "zoo.hpsv3", raising=False)
+    monkeypatch.delitem(sys.modules, "zoo.rewards.hpsv3", raising=False)
     x = pictures(11, 20, 28)
-    (reward,) = rewards.load_all([["zoo.hpsv3:reward"]])
+    (reward,) = rewards.load_all([["zoo.rewards.hpsv3:reward"]])
     wanted = x[:, 0].mean((1, 2)) + torch.tensor([len(p) for p in PROMPTS])
-    torch.testing.assert_close(reward(x, PROMPTS)["zoo.hpsv3:reward"], wanted)
-    monkeypatch.delitem(sys.modules, "zoo.hpsv3")
+    torch.testing.assert_close(reward(x, PROMPTS)["zoo.rewards.hpsv3:reward"], wanted)
+    monkeypatch.delitem(sys.modules, "zoo.rewards.hpsv3")
 
 
 def test_what_is_no_reward_is_refused(encoder, tmp_path):
@@ -385,12 +386,12 @@ def test_a_reward_is_taken_apart():
 def test_weighted_sums_in_batches_and_one_model_for_two_uses(encoder):
     """total = sum of weight times score whatever the batch; a model that two lists name is loaded once."""
     folder, x = encoder[0], pictures(7, 40, 30)
-    lists = [[f"clip={folder}:0.5", "zoo.example_reward:warmth:3"], [f"clip={folder}"]]
+    lists = [[f"clip={folder}:0.5", "zoo.rewards.example:warmth:3"], [f"clip={folder}"]]
     for batch in (0, 1, 2, 5):
         mine, judge = rewards.load_all(lists, batch=batch)
         scores = mine(x, PROMPTS)
         wanted = 0.5 * dual_encoders.clip(str(folder))(x, PROMPTS) + 3 * (x[:, 0] - x[:, 2]).mean((1, 2))
-        assert list(scores) == ["clip", "zoo.example_reward:warmth"] and scores["clip"].dtype == torch.float32
+        assert list(scores) == ["clip", "zoo.rewards.example:warmth"] and scores["clip"].dtype == torch.float32
         torch.testing.assert_close(mine.total(scores), wanted, rtol=1e-5, atol=1e-5)
         assert judge.rewards["clip"] is mine.rewards["clip"]
 

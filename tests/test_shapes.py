@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo import pretrain_shapes, shapes, shapes_model
+from zoo.shapes import model as shapes_model
+from zoo.shapes import pretrain as pretrain_shapes
+from zoo.shapes import world as shapes
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from zoo import costs, policies, prompts, rewards, shapes, shapes_model
+from zoo.rewards import spec as rewards
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
+from zoo.training import costs, policies, prompts
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--prompts-per-iteration", "2", "--group-size", "4", "--steps", "4", "--sde-steps", "0", "1", "--heldout", "4",

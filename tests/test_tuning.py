@@ -5,8 +5,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import pave_grpo as pg
-from zoo import diffusion, tuning
-from zoo import random_pipelines as pipelines
+from zoo.released import pipeline as diffusion
+from zoo.released import random_pipelines as pipelines
+from zoo.released import tuning
 
 FAMILIES = {"sd3": pipelines.sd3, "flux": lambda folder: pipelines.flux(folder, True)}
 PROMPTS = ["two red circles", "a dog"]

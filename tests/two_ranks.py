@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import train
-from zoo import policies, prompts
+from zoo.training import policies, prompts
 
 
 def main(jobs: str, name: str) -> None:

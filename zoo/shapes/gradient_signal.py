@@ -1,7 +1,7 @@
 """Where in the model, and at which stochastic step, is the policy gradient more than noise?
 
-    python -m zoo.gradient_signal                    two minutes on 2 CPU cores
-    python -m zoo.gradient_signal --kernel cps --batches 60
+    python -m zoo.shapes.gradient_signal                    two minutes on 2 CPU cores
+    python -m zoo.shapes.gradient_signal --kernel cps --batches 60
 
 Draws independent batches of groups at the embedded model, one stochastic step at a time, and prints for each part of
 the network the share of signal in one batch's gradient g,
@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo import shapes, shapes_model
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
 
 PROMPTS, MEMBERS, STEPS = 8, 12, 8
 
@@ -55,7 +56,7 @@ def signal(gradients: Tensor) -> tuple[float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser("python -m zoo.gradient_signal", description=__doc__,
+    parser = argparse.ArgumentParser("python -m zoo.shapes.gradient_signal", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=tuple(pave.KERNELS), default="flow_sde", help="default: %(default)s")
     parser.add_argument("--batches", type=int, default=30, help="independent batches, 2 or more (default: %(default)s)")
@@ -64,11 +65,11 @@ def main() -> None:
     o = parser.parse_args()
     process = pave.Process(pave.schedule(STEPS), o.kernel, 0.7)
     if o.batches < 2 or o.seed < 0:
-        parser.exit(2, f"zoo.gradient_signal: error: --batches {o.batches} --seed {o.seed}: must be >= 2, and >= 0\n")
+        parser.exit(2, f"zoo.shapes.gradient_signal: error: --batches {o.batches} --seed {o.seed}: must be >= 2, and >= 0\n")
     try:
         process.stochastic_steps(o.sde_steps)
     except ValueError as problem:
-        parser.exit(2, f"zoo.gradient_signal: error: {problem}\n")
+        parser.exit(2, f"zoo.shapes.gradient_signal: error: {problem}\n")
     model = shapes_model.load()
     print("signal (norm) by part of the network; * at pixel resolution")
     for step in o.sde_steps:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import pave_grpo as pave
-from zoo import bugs, fields
+from zoo.oracle import bugs, fields
 
 LEVELS = {"transition": ("x", "velocity", "t", "s", "k", "kernel", "eta"),
           "log_prob": ("x_s", "mean", "std"),

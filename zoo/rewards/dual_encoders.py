@@ -1,4 +1,4 @@
-"""Dual encoders as rewards of pictures (zoo/rewards.py): the cosine of a picture's and a prompt's features.
+"""Dual encoders as rewards of pictures (zoo/rewards/spec.py): the cosine of a picture's and a prompt's features.
 
     name        model                                      score
     clip        CLIPModel, openai/clip-vit-large-patch14   exp(logit_scale) cosine(image, prompt)

@@ -5,7 +5,7 @@
     gaussian   v = E[x_1 - x_0 | x_t], x_0 ~ N(m, q)   affine in x; its samplers have a law in closed form
     network    v = tanh([x, t, c] W_1) W_2             curved in x and t, mildly
     rapid      the same, with its clock RAPID times faster: what a decomposition finds hardest
-    embedded   the shapes model (zoo/shapes_model.py), in float64 unless told otherwise; or the model of --model
+    embedded   the shapes model (zoo/shapes/model.py), in float64 unless told otherwise; or the model of --model
 
 Each is a torch module called as velocity(x, t, c); its parameters are the theta that gradients are taken for.
 """
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pave_grpo import Process
-from zoo import shapes, shapes_model
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
 
 DIM = 6       # dimensions of the fields without a picture
 RAPID = 25.0  # about four turns of the hidden units over t in [0, 1]
@@ -114,14 +115,14 @@ def pictured(path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtyp
 
 
 class Piped(nn.Module):
-    """The velocity of an SD3 or FLUX pipeline (zoo/diffusion.py), prompt c mod their number; theta: its transformer.
+    """The velocity of an SD3 or FLUX pipeline (zoo/released/pipeline.py), prompt c mod their number; theta: its transformer.
 
     Guidance is FLUX's usual 3.5 where the model takes it, and none elsewhere.
     """
 
     def __init__(self, path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]):
         super().__init__()
-        from zoo import diffusion  # diffusers takes seconds to import
+        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
 
         flow = diffusion.load(path, dtype)
         self.shape, self.prompts = flow.shape(*size), len(prompts)

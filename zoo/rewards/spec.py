@@ -1,10 +1,10 @@
 """Rewards by name: reward(images float [B, 3, H, W] in [0, 1], B prompts) -> float [B], finite, higher is better.
 
     written as                       is
-    clip, pickscore, hpsv2           a dual encoder (zoo/dual_encoders.py) from its usual hub repository
-    imagereward                      the same for ImageReward (zoo/imagereward.py)
+    clip, pickscore, hpsv2           a dual encoder (zoo/rewards/dual_encoders.py) from its usual hub repository
+    imagereward                      the same for ImageReward (zoo/rewards/imagereward.py)
     clip=PLACE, clip=PLACE@REVISION  the same from a folder, a file or another repository, at a revision
-    rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1 (zoo/shapes.py)
+    rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1 (zoo/shapes/world.py)
     module:function                  any function with the signature above, on whatever device it likes
     ...:0.5                          any of these with a weight; the reward of a run is the weighted sum
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo import shapes
+from zoo.shapes import world as shapes
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -83,7 +83,7 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
         return RULES[spec.name]
     try:
         if spec.name in MODELS:
-            module = importlib.import_module(f"zoo.{MODELS[spec.name]}")  # transformers takes seconds to import
+            module = importlib.import_module(f"zoo.rewards.{MODELS[spec.name]}")  # transformers takes seconds to import
             return getattr(module, spec.name)(spec.place, spec.revision or None).to(device)
         module, _, function = spec.name.partition(":")
         reward = getattr(importlib.import_module(module), function)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from zoo import rewards
-from zoo.prompts import IMAGES_PER_PROMPT
+from zoo.rewards import spec as rewards
+from zoo.training.prompts import IMAGES_PER_PROMPT
 
 
 class Cost(NamedTuple):
@@ -50,7 +50,7 @@ def cost_of(o, steps: Sequence[int], factors: Sequence[int]) -> Cost:
 def describe(o, steps: Sequence[int], policy, heldout: int, world: int, device: str) -> str:
     """What one iteration costs, what S adds, what the batches mean, what is held in memory, what is judged.
 
-    policy as in zoo/policies.py; heldout is the number of held-out prompts there are, world that of the ranks.
+    policy as in zoo/training/policies.py; heldout is the number of held-out prompts there are, world that of the ranks.
     """
     cost, plain, sizes = cost_of(o, steps, o.factors), cost_of(o, steps, ()), policy.sizes
     more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pixel_shuffle, rms_norm, scaled_dot_product_attention
 
-from zoo.shapes import SIZE
+from zoo.shapes.world import SIZE
 
 CHECKPOINT = Path(__file__).with_name("shapes.safetensors")
 FORMAT = "pave-grpo/shapes/1"
@@ -171,7 +171,7 @@ def save(model: ShapesFlow, path: str | Path, metadata: dict[str, str] | None = 
 def load(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> ShapesFlow:
     """The model of a checkpoint that `save` wrote: float32, evaluation mode, on `device`."""
     if not Path(path).is_file():
-        how = "; to make it, run: python -m zoo.pretrain_shapes" if Path(path) == CHECKPOINT else ""
+        how = "; to make it, run: python -m zoo.shapes.pretrain" if Path(path) == CHECKPOINT else ""
         raise ValueError(f"path {str(path)!r} is no file{how}")
     try:
         with safe_open(path, "pt") as file:

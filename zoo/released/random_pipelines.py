@@ -1,7 +1,7 @@
 """Pipelines of the real classes with random weights, saved as ordinary folders: what a hub would have given.
 
-    python -m zoo.random_pipelines sd3 FOLDER            tiny, 0.8 MB: every path of train.py on a laptop, offline
-    python -m zoo.random_pipelines flux FOLDER --real    the released sizes (SD3.5 Medium, FLUX.1-dev), to time a GPU
+    python -m zoo.released.random_pipelines sd3 FOLDER            tiny, 0.8 MB: every path of train.py on a laptop, offline
+    python -m zoo.released.random_pipelines flux FOLDER --real    the released sizes (SD3.5 Medium, FLUX.1-dev), to time a GPU
 
 Pictures are noise, and no figure about quality can come from here. `--real` makes the transformer and the VAE as large
 as the released ones, by their public configurations; text encoders stay small, with outputs of the right widths, since
@@ -158,7 +158,7 @@ def flux(folder: Path, guidance_embeds: bool = True, real: bool = False) -> Path
 
 def main(argv: list[str] | None = None) -> None:
     """Write a pipeline where the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m zoo.random_pipelines", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m zoo.released.random_pipelines", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=("sd3", "flux"))
     parser.add_argument("folder", type=Path, help="new or empty; the pipeline is FOLDER/sd3 or FOLDER/flux")

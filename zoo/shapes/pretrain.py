@@ -1,7 +1,7 @@
-"""Pretrain the embedded model: the one command that made zoo/shapes.safetensors and docs/pretraining.png.
+"""Pretrain the embedded model: the one command that made zoo/shapes/shapes.safetensors and docs/pretraining.png.
 
-    python -m zoo.pretrain_shapes              about 7 minutes on 2 CPU cores
-    python -m zoo.pretrain_shapes --dry-run    one step and one validation, nothing written
+    python -m zoo.shapes.pretrain              about 7 minutes on 2 CPU cores
+    python -m zoo.shapes.pretrain --dry-run    one step and one validation, nothing written
 
 Every batch is drawn afresh from all prompts, those held out of alignment too: the model that alignment starts
 from knows the whole grammar, and held-out prompts measure whether alignment generalises. The budget is a
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from zoo import shapes
-from zoo.shapes_model import CHECKPOINT, ShapesFlow, save, to_images, tokenize
+from zoo.shapes import world as shapes
+from zoo.shapes.model import CHECKPOINT, ShapesFlow, save, to_images, tokenize
 
 WARMUP = 100
 # Flat shapes of some 80 pixels stand out of the noise until t is about 0.9: what is where, and of which colour, is
@@ -67,9 +67,9 @@ class Options:
     @classmethod
     def from_command_line(cls) -> "Options":
         """The options of sys.argv. Bad input: one line, status 2."""
-        parser = argparse.ArgumentParser("python -m zoo.pretrain_shapes", description=__doc__,
+        parser = argparse.ArgumentParser("python -m zoo.shapes.pretrain", description=__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.error = lambda message: parser.exit(2, f"zoo.pretrain_shapes: error: {message}\n")
+        parser.error = lambda message: parser.exit(2, f"zoo.shapes.pretrain: error: {message}\n")
         for f in fields(cls):
             kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
             text = f.metadata["help"] + ("" if f.type is bool else " (default: %(default)s)")
@@ -253,7 +253,7 @@ def main() -> None:
         if score >= best and not options.dry_run:
             best, kept = score, copy.deepcopy(mean)
             save(kept, options.out, {
-                "command": shlex.join(["python", "-m", "zoo.pretrain_shapes", *sys.argv[1:]]),
+                "command": shlex.join(["python", "-m", "zoo.shapes.pretrain", *sys.argv[1:]]),
                 "seed": str(options.seed), "step": str(step), "steps": str(options.steps),
                 "validation": f"{score:.4f} of {options.pairs} held-out prompts fully right, 8 Euler steps"})
     if options.dry_run:

@@ -1,4 +1,4 @@
-"""HPSv3 as a reward, `--reward zoo.hpsv3:reward`: an example of wrapping somebody else's package.
+"""HPSv3 as a reward, `--reward zoo.rewards.hpsv3:reward`: an example of wrapping somebody else's package.
 
     pip install hpsv3        the authors' package; it is not in requirements.txt, and brings its own versions of others
 

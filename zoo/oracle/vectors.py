@@ -2,7 +2,7 @@
 
 `write` leaves vectors.safetensors (float64 tensors named CASE/NAME) and vectors.json (what they mean: the setting
 of each case, the field, the inputs that must be refused, the SHA-256 of the tensors). All randomness is explicit
-noise. The field is gaussian_velocity of zoo/fields.py, one formula in x, t and the tensors m, log_q: + - * / and exp
+noise. The field is gaussian_velocity of zoo/oracle/fields.py, one formula in x, t and the tensors m, log_q: + - * / and exp
 alone. `check` reads a folder back and recomputes every tensor from the inputs among them.
 
     inputs     m, log_q (theta_old), m_new, log_q_new (theta), noise_start [P, 1 or G, d], noise_steps [P, n, G, d],
@@ -43,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pave_grpo as pave
-from zoo import fields
+from zoo.oracle import fields
 
 VERSION = 1
 TOLERANCE = 1e-11  # of the largest entry: some hundred roundings through std >= 0.05; another exp is allowed

@@ -1,4 +1,4 @@
-"""A reward of your own, as `--reward zoo.example_reward:warmth`: any function of this signature in any module.
+"""A reward of your own, as `--reward zoo.rewards.example:warmth`: any function of this signature in any module.
 
 Called with at most --reward-batch pictures at a time, on the device where they were drawn; what it returns is checked
 (one finite number an image) and logged as reward_<name>. A model it needs is loaded once, at import or on first call.

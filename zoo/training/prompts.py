@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo import shapes
+from zoo.shapes import world as shapes
 
 IMAGES_PER_PROMPT = 4  # of a held-out prompt, each from its own noise: diversity is measured among them
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import pave_grpo as pave
-from zoo import shapes, shapes_model
+from zoo.shapes import model as shapes_model
+from zoo.shapes import world as shapes
 
 
 class Sizes(NamedTuple):
@@ -94,7 +95,7 @@ class Embedded:
 
 
 class Released:
-    """A pipeline of diffusers (zoo/diffusion.py), tuned by 'lora' or 'full' (zoo/tuning.py).
+    """A pipeline of diffusers (zoo/released/pipeline.py), tuned by 'lora' or 'full' (zoo/released/tuning.py).
 
     dtype is that of computation; what is trained is float32. sigmas: 'shifted', the grid of `shift`, or 'pipeline', its
     scheduler's own. With `reference` a full run keeps a frozen copy; adapters need none, they are switched off.
@@ -104,7 +105,8 @@ class Released:
                  guidance: float = 0.0, dtype: torch.dtype = torch.bfloat16, sigmas: str = "shifted",
                  shift: float = 3.0, tune: str = "lora", rank: int = 64, alpha: float = 128.0, seed: int = 0,
                  checkpointing: bool = False, reference: bool = False, decode_batch: int = 4, world: int = 1):
-        from zoo import diffusion, tuning  # diffusers takes seconds to import
+        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
+        from zoo.released import tuning
 
         self.path, self.revision, self.size, self.guidance, self.dtype = path, revision, tuple(size), guidance, dtype
         self.sigmas, self.shift, self.tune, self.rank, self.alpha, self.seed = sigmas, shift, tune, rank, alpha, seed
@@ -130,7 +132,8 @@ class Released:
 
     def load(self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1) -> Released:
         """Encode the prompts on the device, forget the encoders, then move the transformer and the VAE there."""
-        from zoo import diffusion, tuning
+        from zoo.released import pipeline as diffusion
+        from zoo.released import tuning
 
         masters = torch.float32 if self.tune == "full" else self.dtype
         self.flow = diffusion.load(self.path, self.dtype, self.revision, masters, bars=rank == 0)
@@ -173,7 +176,7 @@ class Released:
         """Of the frozen copy, or with the adapters off."""
         if self.reference is not None:
             return self.velocity(prompts, self.reference)
-        from zoo import tuning
+        from zoo.released import tuning
         velocity = self.velocity(prompts)
 
         def released(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -186,7 +189,7 @@ class Released:
 
     def save(self, folder: Path, main: bool) -> str:
         """Into lora/, float32, or transformer/, in the dtype of computation."""
-        from zoo import tuning
+        from zoo.released import tuning
         if self.tune == "lora":
             if main:
                 tuning.save_lora(self.flow, folder / "lora")

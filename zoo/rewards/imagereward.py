@@ -1,4 +1,4 @@
-"""ImageReward as a reward of pictures (zoo/rewards.py): BLIP reads the prompt while looking at the picture.
+"""ImageReward as a reward of pictures (zoo/rewards/spec.py): BLIP reads the prompt while looking at the picture.
 
     picture  shortest side 224, centre square -> ViT-L/16 -> tokens
     prompt   35 words at most -> BERT-base with cross-attention to those tokens -> first output
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from zoo.dual_encoders import MEAN, STD, shortest_side, state_dict
+from zoo.rewards.dual_encoders import MEAN, STD, shortest_side, state_dict
 
 HUB, FILE, WORDS = "THUDM/ImageReward", "ImageReward.pt", "google-bert/bert-base-uncased"
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
