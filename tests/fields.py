@@ -27,7 +27,9 @@ seeds = st.integers(0, 2**31 - 1)
 kernels, modes = st.sampled_from(KERNELS), st.sampled_from(MODES)
 etas = st.floats(0.1, 1.0)
 factor_sets = st.sets(st.integers(2, 6), max_size=3).map(tuple)
-spans = st.tuples(st.floats(0.05, 1.0), st.floats(0.02, 0.98)).map(lambda p: (p[0], p[0] * p[1]))  # (t, s), s < t
+spans = st.tuples(st.floats(0.05, 1.0), st.floats(0.02, 0.98)).map(
+    lambda p: (p[0], p[0] * p[1])
+)  # (t, s), s < t
 
 
 def normal(seed, *shape, dtype=torch.float64):
@@ -51,7 +53,9 @@ class GaussianFlow(torch.nn.Module):
 
     def __init__(self, m, q):
         super().__init__()
-        self.m, self.q = (torch.nn.Parameter(torch.as_tensor(p, dtype=torch.float64)) for p in (m, q))
+        self.m, self.q = (
+            torch.nn.Parameter(torch.as_tensor(p, dtype=torch.float64)) for p in (m, q)
+        )
 
     def forward(self, x, t, c):
         m, q, t = self.m[c % len(self.m)].to(x.dtype), self.q.to(x.dtype), column(t, x)
@@ -116,7 +120,9 @@ def moved(module, seed, size):
 
 def gradient(value, module):
     """The gradient of a scalar with respect to all parameters of a module, as one vector."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, [*module.parameters()], retain_graph=True)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(value, [*module.parameters()], retain_graph=True)]
+    )
 
 
 # ---- The algorithm, slowly -----------------------------------------------------------------------------------
@@ -125,7 +131,9 @@ def gradient(value, module):
 def slow_step(kernel, eta, t, s, x, v, t_1=None):
     """(mean, std) of one SDE step in its derivation form; t, s are floats, x and v anything."""
     x0_hat, x1_hat = x - t * v, x + (1 - t) * v
-    if kernel == "cps":  # signal and noise keep their levels; cos(h) of the noise is the old one, sin(h) is fresh
+    if (
+        kernel == "cps"
+    ):  # signal and noise keep their levels; cos(h) of the noise is the old one, sin(h) is fresh
         h = eta * math.pi / 2
         return (1 - s) * x0_hat + s * math.cos(h) * x1_hat, s * math.sin(h)
     # Euler-Maruyama, backwards over D, on dx = (v - g^2/2 score) dt + g dw with score = -x1_hat / t.
@@ -152,7 +160,9 @@ def slow_loss(velocity, old, rollout, advantages, factors, form, clip, reduction
         i, c = rollout.sde_steps[j], torch.tensor([p])
         x_t, x_s = rollout.x_t[p, j, g % A][None], rollout.x_s[p, j, g][None]
         advantage = advantages[p, j % N, g].item()
-        at = lambda field, k, i=i, x=x_t, c=c: slow_transition(field, rollout.process, grid[i], grid[i + 1], k, x, c)
+        at = lambda field, k, i=i, x=x_t, c=c: slow_transition(
+            field, rollout.process, grid[i], grid[i + 1], k, x, c
+        )
         mu_sampled, c_sampled = at(old, 1)
         for k in (1, *factors):
             (mu, std), (mu_old, _) = at(velocity, k), at(old, k)
@@ -188,12 +198,26 @@ def generators(seed, P):
     return [torch.Generator().manual_seed(seed + p) for p in range(P)]
 
 
-def roll(mode, velocity, process, P=2, G=4, d=3, steps=None, seed=0, own_start=None, dtype=torch.float64, **kwargs):
+def roll(
+    mode,
+    velocity,
+    process,
+    P=2,
+    G=4,
+    d=3,
+    steps=None,
+    seed=0,
+    own_start=None,
+    dtype=torch.float64,
+    **kwargs,
+):
     """A rollout in either mode; independent members have their own starts unless told otherwise."""
     own_start = mode == "independent" if own_start is None else own_start
     n = len(process.stochastic_steps(steps))
     noise = pg.draw_noise(generators(seed, P), G, (d,), n, own_start, dtype)
-    sampler = {"independent": pg.rollout_independent, "shared_anchor": pg.rollout_shared_anchor}[mode]
+    sampler = {"independent": pg.rollout_independent, "shared_anchor": pg.rollout_shared_anchor}[
+        mode
+    ]
     return sampler(velocity, process, noise, steps, **kwargs)
 
 

@@ -43,15 +43,38 @@ def run(patch: bugs.Patch) -> tuple[str, str, float]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "pave_grpo.py").write_text(bugs.patched_source(patch))
-        shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+        shutil.copytree(
+            ROOT / "tests",
+            place / "tests",
+            ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"),
+        )
         shutil.copytree(ROOT / "zoo", place / "zoo", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", place)
         report, began = place / "report.xml", time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "true", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CI": "true",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         try:
-            subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", f"--junitxml={report}",
-                            *(f"tests/{name}" for name in SUITES[patch.level])], cwd=place, env=environment,
-                           capture_output=True, timeout=LIMIT, check=False)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-x",
+                    "-q",
+                    "--tb=line",
+                    f"--junitxml={report}",
+                    *(f"tests/{name}" for name in SUITES[patch.level]),
+                ],
+                cwd=place,
+                env=environment,
+                capture_output=True,
+                timeout=LIMIT,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return f"no verdict within {LIMIT:.0f} s", "", LIMIT
         seconds = time.perf_counter() - began
@@ -68,23 +91,37 @@ def run(patch: bugs.Patch) -> tuple[str, str, float]:
 
 def main() -> int:
     """Run the table, up to four at a time; print it; 0 if every bug is killed and every variant survives."""
-    table = [(patch, "killed") for patch in bugs.BUGS] + [(patch, "survived") for patch in bugs.VARIANTS]
+    table = [(patch, "killed") for patch in bugs.BUGS] + [
+        (patch, "survived") for patch in bugs.VARIANTS
+    ]
     names = {patch.name for patch, _ in table}
     if unknown := set(sys.argv[1:]) - names:
-        print(f"planted_bugs.py: error: {', '.join(sorted(unknown))}: must be of: {', '.join(sorted(names))}",
-              file=sys.stderr)
+        print(
+            f"planted_bugs.py: error: {', '.join(sorted(unknown))}: must be of: {', '.join(sorted(names))}",
+            file=sys.stderr,
+        )
         return 2
-    table = [(patch, wanted) for patch, wanted in table if not sys.argv[1:] or patch.name in sys.argv[1:]]
+    table = [
+        (patch, wanted) for patch, wanted in table if not sys.argv[1:] or patch.name in sys.argv[1:]
+    ]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         results = list(tqdm(pool.map(run, [patch for patch, _ in table]), "bugs", total=len(table)))
     wrong = 0
     for (patch, wanted), (outcome, test, seconds) in zip(table, results, strict=True):
         bad = outcome != wanted
         wrong += bad
-        print(f"{'!!' if bad else '  '} {patch.name:28} {patch.level:11} {outcome:10} {seconds:5.1f} s  {test}")
+        print(
+            f"{'!!' if bad else '  '} {patch.name:28} {patch.level:11} {outcome:10} {seconds:5.1f} s  {test}"
+        )
     planted = sum(wanted == "killed" for _, wanted in table)
-    print(f"{planted} bugs and {len(table) - planted} correct variants: "
-          + ("every bug killed by an assertion, no variant accused" if not wrong else f"{wrong} not as they should be"))
+    print(
+        f"{planted} bugs and {len(table) - planted} correct variants: "
+        + (
+            "every bug killed by an assertion, no variant accused"
+            if not wrong
+            else f"{wrong} not as they should be"
+        )
+    )
     return 1 if wrong else 0
 
 

@@ -14,7 +14,9 @@ import pave_grpo as pg
 sizes = st.integers(2, 30)
 
 
-@given(seed=seeds, G=sizes, ddof=st.sampled_from([0, 1]), eps=st.sampled_from([0.0, 1e-8, 1e-4, 1.0]))
+@given(
+    seed=seeds, G=sizes, ddof=st.sampled_from([0, 1]), eps=st.sampled_from([0.0, 1e-8, 1e-4, 1.0])
+)
 @example(seed=0, G=2, ddof=1, eps=1e-8)
 def test_advantages_are_the_formula(seed, G, ddof, eps):
     """A = (r - mean r) / (std r + eps), with ddof 1 (sample) or 0 (population), as `statistics` has it."""
@@ -25,15 +27,22 @@ def test_advantages_are_the_formula(seed, G, ddof, eps):
         mean = statistics.fmean(group)
         # G + 10 roundings of numbers below 8, divided by a std that is as small as the draw makes it.
         bound = (G + 10) * EPS * 8 / std * 8 / std
-        assert max(abs(a - (r - mean) / (std + eps)) for a, r in zip(A.tolist(), group, strict=True)) <= bound
+        assert (
+            max(abs(a - (r - mean) / (std + eps)) for a, r in zip(A.tolist(), group, strict=True))
+            <= bound
+        )
 
 
 def test_the_defaults_are_the_released_ones():
     """Ddof 1, eps 1e-8, clamp 5: rewards 0, 1, 2 have std 1, and a lone winner of 40 is cut to 5."""
     A = pg.group_advantages(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-    assert (A - torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / (1 + 1e-8)).abs().max() <= 2 * EPS
+    assert (
+        A - torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) / (1 + 1e-8)
+    ).abs().max() <= 2 * EPS
     lone = torch.eye(40)[0]
-    assert pg.group_advantages(lone).max() == 5.0 and pg.group_advantages(lone, clamp=None).max() > 5.0
+    assert (
+        pg.group_advantages(lone).max() == 5.0 and pg.group_advantages(lone, clamp=None).max() > 5.0
+    )
 
 
 @given(G=sizes, value=st.floats(-1e6, 1e6, width=32), ddof=st.sampled_from([0, 1]))
@@ -45,8 +54,12 @@ def test_equal_rewards_are_silent(G, value, ddof):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         rewards = torch.full((2, G), value, dtype=dtype)
         for eps in (1e-8, 0.0):
-            assert torch.equal(pg.group_advantages(rewards, ddof, eps), torch.zeros(2, G, dtype=rewards.float().dtype)
-                               if dtype == torch.bfloat16 else torch.zeros_like(rewards))  # fmt: skip
+            assert torch.equal(
+                pg.group_advantages(rewards, ddof, eps),
+                torch.zeros(2, G, dtype=rewards.float().dtype)
+                if dtype == torch.bfloat16
+                else torch.zeros_like(rewards),
+            )
 
 
 def test_a_silent_group_leaves_the_others_alone():
@@ -64,7 +77,9 @@ def test_the_clamp(seed, G, clamp):
     for ddof, limit in ((1, (G - 1) / math.sqrt(G)), (0, math.sqrt(G - 1))):
         free = pg.group_advantages(normal(seed, 3, G), ddof, clamp=None)
         assert free.abs().max() <= limit * (1 + 100 * EPS)
-        assert torch.equal(pg.group_advantages(normal(seed, 3, G), ddof, clamp=clamp), free.clamp(-clamp, clamp))
+        assert torch.equal(
+            pg.group_advantages(normal(seed, 3, G), ddof, clamp=clamp), free.clamp(-clamp, clamp)
+        )
         lone = torch.zeros(G, dtype=torch.float64)
         lone[0] = 1  # one winner attains the bound
         assert abs(pg.group_advantages(lone, ddof, 0.0, None).max().item() - limit) <= 100 * EPS
@@ -76,7 +91,10 @@ def test_the_clamp(seed, G, clamp):
 def test_invariances(seed, G, shift, scale):
     """Advantages follow a permutation of the members and ignore a shift and, at eps = 0, a scale."""
     rewards = normal(seed, 2, G)
-    A, order = pg.group_advantages(rewards, eps=0.0), torch.randperm(G, generator=torch.Generator().manual_seed(seed))
+    A, order = (
+        pg.group_advantages(rewards, eps=0.0),
+        torch.randperm(G, generator=torch.Generator().manual_seed(seed)),
+    )
     # G + 10 roundings of numbers below 20, over the std twice (once for the size of A's own derivative).
     spread = rewards.std(-1).min().item()
     bound = (G + 10) * EPS * 20 / spread * 20 / min(spread, spread * scale)
@@ -110,10 +128,19 @@ def test_rewards_that_are_not_finite_are_refused(bad):
         pg.group_advantages(torch.tensor([[1.0, bad, 2.0], [1.0, 2.0, 3.0]]))
 
 
-@pytest.mark.parametrize("G, arguments", [
-    (1, {}), (0, {}), (3, {"ddof": 2}), (3, {"eps": -1.0}), (3, {"clamp": 0.0}), (3, {"clamp": -5.0}),
-    (3, {"eps": math.nan}), (3, {"clamp": math.nan}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "G, arguments",
+    [
+        (1, {}),
+        (0, {}),
+        (3, {"ddof": 2}),
+        (3, {"eps": -1.0}),
+        (3, {"clamp": 0.0}),
+        (3, {"clamp": -5.0}),
+        (3, {"eps": math.nan}),
+        (3, {"clamp": math.nan}),
+    ],
+)
 def test_bad_arguments_are_refused(G, arguments):
     """A group of one has no spread to compare with; ddof, eps and clamp have their ranges."""
     with pytest.raises(ValueError, match=r"^group of .*must be a group of 2 or more"):

@@ -37,12 +37,21 @@ def gradient(net, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
 
 
-@given(rollouts(), st.integers(0, 40), st.sampled_from(["paper", "matched"]), st.sampled_from([0.0, 0.5]))
+@given(
+    rollouts(),
+    st.integers(0, 40),
+    st.sampled_from(["paper", "matched"]),
+    st.sampled_from([0.0, 0.5]),
+)
 def test_the_parts_of_a_rollout_add_up_to_its_loss(made, batch, form, kl):
     """sum share * loss(part) is the loss and has its gradient, to float64 rounding; no part is larger than asked."""
     net, velocity, rollout, A = made
-    how = {"factors": (2, 3), "form": form, "kl": kl, "reference": (lambda x, t, c: 0.9 * velocity(x, t, c).detach())
-           if kl else None}
+    how = {
+        "factors": (2, 3),
+        "form": form,
+        "kl": kl,
+        "reference": (lambda x, t, c: 0.9 * velocity(x, t, c).detach()) if kl else None,
+    }
     whole = pg.policy_loss(velocity, rollout, A, **how).loss
     total, states = 0.0, 0
     size = costs.part_sizes(*rollout.x_t.shape[:3], batch)  # what the cost of a run is counted with
@@ -52,8 +61,12 @@ def test_the_parts_of_a_rollout_add_up_to_its_loss(made, batch, form, kl):
     for part in train.parts_of(rollout, A, batch):
         first = part.prompts.start
         shifted = lambda v, first=first: None if v is None else (lambda x, t, c: v(x, t, c + first))
-        result = pg.policy_loss(shifted(velocity), part.rollout, part.advantages,
-                                **{**how, "reference": shifted(how["reference"])})
+        result = pg.policy_loss(
+            shifted(velocity),
+            part.rollout,
+            part.advantages,
+            **{**how, "reference": shifted(how["reference"])},
+        )
         total, size = total + part.share * result.loss, part.rollout.x_t.shape[:3].numel()
         states += size
         assert size <= (batch or states)
@@ -73,7 +86,11 @@ def test_a_velocity_in_chunks_is_the_velocity(rows, n, seed):
         seen.append(len(x))
         return x * t[:, None] + c[:, None]
 
-    x, t, c = torch.randn(n, 3, generator=g), torch.rand(n, generator=g), torch.randint(5, (n,), generator=g)
+    x, t, c = (
+        torch.randn(n, 3, generator=g),
+        torch.rand(n, generator=g),
+        torch.randint(5, (n,), generator=g),
+    )
     assert torch.equal(train.chunked(velocity, rows)(x, t, c), x * t[:, None] + c[:, None])
     assert sum(seen) == n and max(seen) <= (rows or n)
 
@@ -84,8 +101,11 @@ def test_a_prompt_file_is_accounted_for_line_by_line(tmp_path):
     path.write_text(" a cat\n\na dög\na cat \n   \na cat on a mat\n", encoding="utf-8")
     found, report = prompts.read(path)
     assert found == ["a cat", "a dög", "a cat on a mat"]
-    assert report == [f"{path}, line 2: empty, left out", f"{path}, line 4: 'a cat' is line 1 again, left out",
-                      f"{path}, line 5: empty, left out"]
+    assert report == [
+        f"{path}, line 2: empty, left out",
+        f"{path}, line 4: 'a cat' is line 1 again, left out",
+        f"{path}, line 5: empty, left out",
+    ]
     path.write_bytes("\ufeffa bird\n".encode())  # a byte order mark is no part of a prompt
     assert prompts.read(path) == (["a bird"], [])
     for content, said in ((b"\n\n", "at least one prompt"), (b"\xff\xfe", "UTF-8")):

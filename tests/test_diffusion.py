@@ -11,14 +11,20 @@ from zoo.released import pipeline as diffusion
 from zoo.released import random_pipelines as pipelines
 
 PROMPTS = ["two red circles", "a square", "a dog"]
-FAMILIES = {"sd3": pipelines.sd3, "flux-dev": lambda f: pipelines.flux(f, True),
-            "flux-schnell": lambda f: pipelines.flux(f, False)}
+FAMILIES = {
+    "sd3": pipelines.sd3,
+    "flux-dev": lambda f: pipelines.flux(f, True),
+    "flux-schnell": lambda f: pipelines.flux(f, False),
+}
 
 
 @pytest.fixture(scope="module")
 def flows(tmp_path_factory):
     """Each family, saved as a folder and loaded from it."""
-    return {name: diffusion.load(str(make(tmp_path_factory.mktemp(name)))) for name, make in FAMILIES.items()}
+    return {
+        name: diffusion.load(str(make(tmp_path_factory.mktemp(name))))
+        for name, make in FAMILIES.items()
+    }
 
 
 def guidances(name):
@@ -42,15 +48,31 @@ def test_our_ode_gives_the_pipelines_latents(flows, name, guidance, height, widt
     shape = flow.shape(height, width)
     noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = flow.pipe(PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance,
-                           latents=noise.clone(), output_type="latent").images
+        wanted = flow.pipe(
+            PROMPTS,
+            height=height,
+            width=width,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            latents=noise.clone(),
+            output_type="latent",
+        ).images
     grid = flow.sigmas(4, height, width)
     x = pg.ode_sample(velocity_of(flow, PROMPTS, height, width, guidance), grid, noise)
     assert x.shape == wanted.shape and (x - noise).abs().mean() > 0.01  # the network does something
-    assert (x - wanted).abs().max() <= 4e3 * torch.finfo(torch.float32).eps * max(1.0, guidance) * wanted.abs().max()
+    assert (x - wanted).abs().max() <= 4e3 * torch.finfo(torch.float32).eps * max(
+        1.0, guidance
+    ) * wanted.abs().max()
     with torch.no_grad():
-        pictures = flow.pipe(PROMPTS, height=height, width=width, num_inference_steps=4, guidance_scale=guidance,
-                             latents=noise.clone(), output_type="pt").images
+        pictures = flow.pipe(
+            PROMPTS,
+            height=height,
+            width=width,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            latents=noise.clone(),
+            output_type="pt",
+        ).images
     assert (flow.decode(x, height, width, batch=2) - pictures).abs().max() <= 1e-3
     assert flow.decode(x, height, width).shape == (3, 3, height, width)
 
@@ -67,7 +89,9 @@ def test_rows_belong_to_their_prompts(flows, name):
         for b, c in enumerate((2, 0, 1)):
             alone = velocity(x[b : b + 1], t[b : b + 1], torch.tensor([c]))
             assert (alone - together[b]).abs().max() <= 1e-5
-        assert (velocity(x, t, torch.tensor([0, 1, 2])) - together).abs().amax(dim=tuple(range(1, x.ndim))).min() > 1e-4
+        assert (velocity(x, t, torch.tensor([0, 1, 2])) - together).abs().amax(
+            dim=tuple(range(1, x.ndim))
+        ).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -76,7 +100,9 @@ def test_pave_grpo_runs_on_it(flows, name):
     flow = flows[name]
     velocity = velocity_of(flow, PROMPTS[:2], 32, 32, guidances(name)[0])
     process = pg.Process(pg.schedule(4, 3.0), "flow_sde", 0.8)
-    noise = pg.draw_noise([torch.Generator().manual_seed(i) for i in range(2)], 3, flow.shape(32, 32), 2)
+    noise = pg.draw_noise(
+        [torch.Generator().manual_seed(i) for i in range(2)], 3, flow.shape(32, 32), 2
+    )
     rollout = pg.rollout_shared_anchor(velocity, process, noise, (0, 2))
     A = pg.group_advantages(rollout.x_0.flatten(3).mean(-1))
     flow.transformer.requires_grad_(True)
@@ -103,7 +129,9 @@ def test_bfloat16_networks_keep_float32_states(flows, tmp_path):
 def test_what_does_not_fit_is_refused(flows, tmp_path):
     """One line each: another family, no pipeline, sizes that do not divide, guidance that the model cannot take."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    with pytest.raises(ValueError, match="is a WanPipeline; must be one of StableDiffusion3Pipeline, FluxPipeline"):
+    with pytest.raises(
+        ValueError, match="is a WanPipeline; must be one of StableDiffusion3Pipeline, FluxPipeline"
+    ):
         diffusion.load(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no file named model_index\.json"):
@@ -142,11 +170,35 @@ def test_the_oracle_refuses_what_a_pipeline_cannot_do(flags, tmp_path, capsys):
 def test_the_oracle_takes_a_pipeline(name, dtype, tmp_path, capsys):
     """--model FOLDER: attribution and the matched form hold on it, and the comparison is printed step by step."""
     folder = FAMILIES[name](tmp_path)
-    code = oracle.main(["--model", str(folder), "--size", "32", "32", "--dtype", dtype, "--prompt", "a dog", "a square",
-                        "--claims", "E1", "E2", "E7", "--kernels", "flow_sde", "--factors", "2"])
+    code = oracle.main(
+        [
+            "--model",
+            str(folder),
+            "--size",
+            "32",
+            "32",
+            "--dtype",
+            dtype,
+            "--prompt",
+            "a dog",
+            "a square",
+            "--claims",
+            "E1",
+            "E2",
+            "E7",
+            "--kernels",
+            "flow_sde",
+            "--factors",
+            "2",
+        ]
+    )
     assert code == 0, capsys.readouterr().out
-    bench = oracle.Bench(("cps",), (2,), model=oracle.Model(str(folder), ("a dog",), getattr(torch, dtype), (32, 32)))
+    bench = oracle.Bench(
+        ("cps",), (2,), model=oracle.Model(str(folder), ("a dog",), getattr(torch, dtype), (32, 32))
+    )
     table = oracle.compare(bench, "cps", steps=3)
-    assert [row["step"] for row in table] == [0, 1] and all(row["group"] > 1 - 1e-5 for row in table)
+    assert [row["step"] for row in table] == [0, 1] and all(
+        row["group"] > 1 - 1e-5 for row in table
+    )
     assert all(abs(sum(share for _, share in row["share"]) - 1) < 1e-2 for row in table)
     assert all((row["off"] == 0) == (dtype == "float32") for row in table)

@@ -57,8 +57,11 @@ def rounding(p, rollout, A):
 def scale(kernel, k, t, s):
     """(c_1/c_k)^2 as THEORY.md states it; the grid's first step is the only one that may start at t = 1."""
     last = s + (t - s) / k
-    return {"cps": 1, "dance": k,
-            "flow_sde": (k - 1) / last if t == 1 else k * t * (1 - last) / ((1 - t) * last)}[kernel]
+    return {
+        "cps": 1,
+        "dance": k,
+        "flow_sde": (k - 1) / last if t == 1 else k * t * (1 - last) / ((1 - t) * last),
+    }[kernel]
 
 
 @some
@@ -67,43 +70,82 @@ def scale(kernel, k, t, s):
 @example(seed=0, kernel="flow_sde", eta=1.0, grid=(1.0, 0.8, 0.05), d=1, G=9, k=7)
 @example(seed=0, kernel="cps", eta=1.0, grid=(1.0, 0.5, 0.1), d=1, G=2, k=2)
 @example(seed=0, kernel="dance", eta=0.1, grid=(0.9, 0.3, 0.05), d=5, G=3, k=5)
-def test_e2_group_attribution_keeps_direction_and_has_the_stated_scale(seed, kernel, eta, grid, d, G, k):
+def test_e2_group_attribution_keeps_direction_and_has_the_stated_scale(
+    seed, kernel, eta, grid, d, G, k
+):
     """Shared anchors, sum A = 0: mean_i A_i (x_s - mu^(k))/c_k^2 is (c_1/c_k)^2 times the original, as a vector."""
     net, rollout, A = observe(seed, kernel, "shared_anchor", eta, grid, d, G)
     with torch.no_grad():
         p = pg.rescore(net, rollout, (k,))
     whole = {j: credits(q, rollout, A).mean(2) for j, q in p.items()}
     for i in range(2):
-        wanted = scale(kernel, k, *grid[i:i + 2])
+        wanted = scale(kernel, k, *grid[i : i + 2])
         bound = 2 * max(1.0, wanted) * max(rounding(q, rollout, A) for q in p.values())
         assert (whole[k][:, i] - wanted * whole[1][:, i]).abs().max() <= bound
 
 
 @some
-@given(seed=seeds, kernel=kernels, mode=modes, eta=etas, grid=grids, d=dims, G=groups, k=st.integers(2, 6))
-@example(seed=0, kernel="flow_sde", mode="independent", eta=0.7, grid=(1.0, 0.5, 0.1), d=3, G=2, k=2)
-def test_e7_matched_attribution_is_the_original_member_by_member(seed, kernel, mode, eta, grid, d, G, k):
+@given(
+    seed=seeds,
+    kernel=kernels,
+    mode=modes,
+    eta=etas,
+    grid=grids,
+    d=dims,
+    G=groups,
+    k=st.integers(2, 6),
+)
+@example(
+    seed=0, kernel="flow_sde", mode="independent", eta=0.7, grid=(1.0, 0.5, 0.1), d=3, G=2, k=2
+)
+def test_e7_matched_attribution_is_the_original_member_by_member(
+    seed, kernel, mode, eta, grid, d, G, k
+):
     """The gradient of a matched term with respect to its mean is the coarse one, for any advantages, in both modes."""
     net, rollout, A = observe(seed, kernel, mode, eta, grid, d, G, centred=False)
     first = pg.policy_loss(net, rollout, A, factors=(k,), form="matched", reduction="sum").old
-    assert torch.equal(first.log_probs[k], first.log_probs[1])  # at theta_old it is the density that sampled
-    scene = oracle.Scene(net, rollout, A)  # the credit is read off policy_loss, by an offset of the last velocity
+    assert torch.equal(
+        first.log_probs[k], first.log_probs[1]
+    )  # at theta_old it is the density that sampled
+    scene = oracle.Scene(
+        net, rollout, A
+    )  # the credit is read off policy_loss, by an offset of the last velocity
     got, want = oracle.attribution(scene, k, "matched"), oracle.attribution(scene, 1)
     p = pg.rescore(net, rollout, (k,))
-    b = min(abs(pg.Process(list(grid), kernel, eta).coefficients(*torch.tensor(e, dtype=torch.float64)).b.item())
-            for t, s in pairwise(grid) for e in ((t, s), (s + (t - s) / k, s)))
-    assert (got - want).abs().max() <= G * sum(rounding(q, rollout, A) for q in p.values()) / min(1.0, b)
+    b = min(
+        abs(
+            pg.Process(list(grid), kernel, eta)
+            .coefficients(*torch.tensor(e, dtype=torch.float64))
+            .b.item()
+        )
+        for t, s in pairwise(grid)
+        for e in ((t, s), (s + (t - s) / k, s))
+    )
+    assert (got - want).abs().max() <= G * sum(rounding(q, rollout, A) for q in p.values()) / min(
+        1.0, b
+    )
 
 
 @some
-@given(seed=seeds, mode=modes, eta=etas, grid=grids, G=groups, factors=st.sets(st.integers(2, 6), min_size=1,
-                                                                               max_size=3),
-       field=st.sampled_from([Constant, Radial]), form=st.sampled_from(["paper", "matched"]))
-def test_straight_flows_under_cps_only_double_the_gradient(seed, mode, eta, grid, G, factors, field, form):
+@given(
+    seed=seeds,
+    mode=modes,
+    eta=etas,
+    grid=grids,
+    G=groups,
+    factors=st.sets(st.integers(2, 6), min_size=1, max_size=3),
+    field=st.sampled_from([Constant, Radial]),
+    form=st.sampled_from(["paper", "matched"]),
+)
+def test_straight_flows_under_cps_only_double_the_gradient(
+    seed, mode, eta, grid, G, factors, field, form
+):
     """E4: each k-term has the coarse gradient, so coarse + 1/|S| sum of them is twice it: Pave-GRPO is Flow-CPS."""
     net, rollout, A = observe(seed, "cps", mode, eta, grid, 3, G, net=field(normal(seed, 3)))
-    plain, pave = (gradient(pg.policy_loss(net, rollout, A, factors=f, form=form).loss, net)
-                   for f in ((), tuple(factors)))
+    plain, pave = (
+        gradient(pg.policy_loss(net, rollout, A, factors=f, form=form).loss, net)
+        for f in ((), tuple(factors))
+    )
     with torch.no_grad():
         p = pg.rescore(net, rollout, tuple(factors))
     # A mean is off by 10 roundings a sub-step (states below 10, 1/t up to 20); credit divides that by c^2.
@@ -128,7 +170,13 @@ def test_the_shares_of_the_moments_add_up(seed, kernel, mode, k):
 
 
 @some
-@given(seed=seeds, kernel=kernels, mode=modes, G=st.integers(3, 9), form=st.sampled_from(["paper", "matched"]))
+@given(
+    seed=seeds,
+    kernel=kernels,
+    mode=modes,
+    G=st.integers(3, 9),
+    form=st.sampled_from(["paper", "matched"]),
+)
 def test_permuting_a_group_changes_nothing(seed, kernel, mode, G, form):
     """Members have no order: noise and rewards permuted together give the permuted rollout and the same gradient."""
     net, process = Net(seed % 997), pg.Process([1.0, 0.6, 0.2], kernel)
@@ -137,7 +185,10 @@ def test_permuting_a_group_changes_nothing(seed, kernel, mode, G, form):
     order = torch.randperm(G, generator=torch.Generator().manual_seed(seed))
     sample = pg.rollout_independent if own else pg.rollout_shared_anchor
     values = []
-    for noise in (pg.Noise(start, steps), pg.Noise(start[:, order] if own else start, steps[:, :, order])):
+    for noise in (
+        pg.Noise(start, steps),
+        pg.Noise(start[:, order] if own else start, steps[:, :, order]),
+    ):
         rollout = sample(net, process, noise)
         A = pg.group_advantages(-rollout.x_0.square().sum(-1))
         values.append((rollout.x_0, gradient(pg.policy_loss(net, rollout, A, form=form).loss, net)))
@@ -163,9 +214,17 @@ def test_a_second_group_leaks_nothing_into_the_first(seed, kernel, mode, form):
     process, grads, firsts = pg.Process([1.0, 0.6, 0.2], kernel), [], []
     for other in (1, 2):
         flow = GaussianFlow(normal(seed, 2, 3), [0.5, 2.0, 0.1])
-        noise = pg.draw_noise([torch.Generator().manual_seed(z) for z in (seed, seed + other)], 4, (3,), 2,
-                              mode == "independent", torch.float64)
-        rollout = (pg.rollout_independent if mode == "independent" else pg.rollout_shared_anchor)(flow, process, noise)
+        noise = pg.draw_noise(
+            [torch.Generator().manual_seed(z) for z in (seed, seed + other)],
+            4,
+            (3,),
+            2,
+            mode == "independent",
+            torch.float64,
+        )
+        rollout = (pg.rollout_independent if mode == "independent" else pg.rollout_shared_anchor)(
+            flow, process, noise
+        )
         A = pg.group_advantages(-rollout.x_0.square().sum(-1))
         loss = pg.policy_loss(flow, rollout, A, form=form).loss
         grads.append(torch.autograd.grad(loss, flow.m)[0])
@@ -181,10 +240,14 @@ def test_a_split_batch_has_the_same_gradient(seed, kernel, mode, form):
     net, rollout, A = observe(seed, kernel, mode, 0.7, (1.0, 0.6, 0.2), 3, 4)
     halves = []
     for p in (0, 1):
-        part = rollout._replace(x_t=rollout.x_t[p:p + 1], x_s=rollout.x_s[p:p + 1], log_prob=rollout.log_prob[p:p + 1],
-                                x_0=rollout.x_0[p:p + 1])
+        part = rollout._replace(
+            x_t=rollout.x_t[p : p + 1],
+            x_s=rollout.x_s[p : p + 1],
+            log_prob=rollout.log_prob[p : p + 1],
+            x_0=rollout.x_0[p : p + 1],
+        )
         velocity = lambda x, t, c, p=p: net(x, t, c + p)
-        halves.append(gradient(pg.policy_loss(velocity, part, A[p:p + 1], form=form).loss, net))
+        halves.append(gradient(pg.policy_loss(velocity, part, A[p : p + 1], form=form).loss, net))
     whole = gradient(pg.policy_loss(net, rollout, A, form=form).loss, net)
     assert (sum(halves) / 2 - whole).norm() <= 1e6 * EPS * max(1, *(h.norm() for h in halves))
 

@@ -34,14 +34,21 @@ def table(kernel, t, s, eta, t_1=None):
 def test_schedule_is_the_shifted_uniform_grid(steps, shift):
     """T = shift u / (1 + (shift-1) u) on uniform u, decreasing from exactly 1 to exactly 0, in float64."""
     grid = pg.schedule(steps, shift)
-    assert grid.dtype == torch.float64 and grid[0] == 1 and grid[-1] == 0 and bool((grid.diff() < 0).all())
+    assert (
+        grid.dtype == torch.float64
+        and grid[0] == 1
+        and grid[-1] == 0
+        and bool((grid.diff() < 0).all())
+    )
     for i, t in enumerate(grid.tolist()):
         u = 1 - i / steps
         # About ten roundings, which the denominator amplifies by at most the shift or its inverse.
         assert abs(t - shift * u / (1 + (shift - 1) * u)) <= 10 * EPS * max(shift, 1 / shift)
 
 
-@pytest.mark.parametrize("steps, shift", [(0, 1.0), (-1, 1.0), (4, 0.0), (4, -3.0), (4, math.inf), (4, math.nan)])
+@pytest.mark.parametrize(
+    "steps, shift", [(0, 1.0), (-1, 1.0), (4, 0.0), (4, -3.0), (4, math.inf), (4, math.nan)]
+)
 def test_schedule_refuses(steps, shift):
     """A grid needs one step or more and a positive finite shift."""
     with pytest.raises(ValueError, match=r"^schedule\(.*must be.*$"):
@@ -77,7 +84,11 @@ def test_mean_is_the_derivation_form(kernel, span, eta, x, v):
     got = process.transition(scalar(x)[None], scalar(v)[None], scalar(t), scalar(s))
     mean, std = slow_step(kernel, eta, t, s, x, v, t_1=s)
     # About 20 roundings of terms no larger than 8 (1 + g^2), each as sensitive as 1/(1 - t).
-    g2, slack = (eta**2 / (1 - (t if t < 1 else s)), 1 / (1 - t) if t < 1 else 1) if kernel == "flow_sde" else (1, 1)
+    g2, slack = (
+        (eta**2 / (1 - (t if t < 1 else s)), 1 / (1 - t) if t < 1 else 1)
+        if kernel == "flow_sde"
+        else (1, 1)
+    )
     assert abs(got.mean.item() - mean) <= 20 * EPS * 8 * (1 + g2) * slack
     assert abs(got.std.item() - std) <= 20 * EPS * (1 + g2) * slack
 
@@ -99,7 +110,9 @@ def test_flow_sde_at_one(t_1, eta):
     """At t = 1 the convention gives a = 1 - eta^2/2, b = -D, c = eta for the step 1 -> t_1."""
     a, b, std = pg.Process([1, t_1, 0], "flow_sde", eta).coefficients(scalar(1), scalar(t_1))
     assert b.item() == -(1 - t_1)  # (1 - t)/2t is exactly 0 at t = 1
-    assert abs(a.item() - (1 - eta**2 / 2)) <= 4 * EPS and abs(std.item() - eta) <= 4 * EPS  # D/D rounds, then a sqrt
+    assert (
+        abs(a.item() - (1 - eta**2 / 2)) <= 4 * EPS and abs(std.item() - eta) <= 4 * EPS
+    )  # D/D rounds, then a sqrt
     # t_1 is the grid's second point, even for a step that ends elsewhere: g^2 = eta^2 / (1 - t_1), D = 1 - t_1/2.
     wide = pg.Process([1, t_1, 0], "flow_sde", eta).coefficients(scalar(1), scalar(t_1 / 2)).std
     assert abs(wide.item() - eta * math.sqrt((1 - t_1 / 2) / (1 - t_1))) <= 10 * EPS * wide.item()
@@ -109,7 +122,9 @@ def test_flow_sde_at_one(t_1, eta):
 def test_the_convention_is_only_for_one(t_1, t, eta):
     """T_1 enters g of the step that starts at t = 1 and nothing else."""
     for kernel in KERNELS:
-        at = lambda start, t_1, kernel=kernel: pg.KERNELS[kernel](scalar(start), scalar(t / 2), eta, scalar(t_1))
+        at = lambda start, t_1, kernel=kernel: pg.KERNELS[kernel](
+            scalar(start), scalar(t / 2), eta, scalar(t_1)
+        )
         assert at(t, t_1) == at(t, 0.123), kernel
         assert kernel == "flow_sde" or at(1.0, t_1) == at(1.0, 0.123), kernel
 
@@ -134,19 +149,32 @@ def test_cps_keeps_signal_and_noise_levels():
     ends = pg.predicted_ends(x, v, t)
     p = process.transition(x, v, t, s)
     noise_kept = (p.mean - 0.6 * ends.x0_hat) / ends.x1_hat
-    assert (noise_kept**2 + p.std**2 - 0.4**2).abs().max() <= 1e-14  # division by x1_hat > 0.1: some 50 EPS
+    assert (
+        noise_kept**2 + p.std**2 - 0.4**2
+    ).abs().max() <= 1e-14  # division by x1_hat > 0.1: some 50 EPS
 
 
 # ---- Process -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(grid=[0.5]), "grid="), (dict(grid=[0.0, 1.0]), "grid="), (dict(grid=[1.0, 0.5, 0.5]), "grid="),
-    (dict(grid=[1.1, 0.5]), "grid="), (dict(grid=[0.5, -0.1]), "grid="), (dict(grid=[1.0, math.nan]), "grid="),
-    (dict(grid=[[1.0, 0.0]]), "grid="), (dict(kernel="ddim"), "kernel='ddim'"), (dict(eta=0.0), "eta=0.0"),
-    (dict(eta=-1.0), "eta=-1.0"), (dict(eta=math.nan), "eta=nan"), (dict(eta=math.inf), "eta=inf"),
-    (dict(kernel="cps", eta=1.1), "eta=1.1: the cps kernel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(grid=[0.5]), "grid="),
+        (dict(grid=[0.0, 1.0]), "grid="),
+        (dict(grid=[1.0, 0.5, 0.5]), "grid="),
+        (dict(grid=[1.1, 0.5]), "grid="),
+        (dict(grid=[0.5, -0.1]), "grid="),
+        (dict(grid=[1.0, math.nan]), "grid="),
+        (dict(grid=[[1.0, 0.0]]), "grid="),
+        (dict(kernel="ddim"), "kernel='ddim'"),
+        (dict(eta=0.0), "eta=0.0"),
+        (dict(eta=-1.0), "eta=-1.0"),
+        (dict(eta=math.nan), "eta=nan"),
+        (dict(eta=math.inf), "eta=inf"),
+        (dict(kernel="cps", eta=1.1), "eta=1.1: the cps kernel"),
+    ],
+)
 def test_process_refuses(arguments, message):
     """A grid that does not decrease in [0, 1], an unknown kernel or a bad eta is one clear line, at once."""
     with pytest.raises(ValueError) as error:
@@ -158,10 +186,15 @@ def test_cps_has_no_last_step():
     """Cps at s = 0 is a Dirac, dropped when all steps are meant, refused when it is named; others keep it."""
     grid = pg.schedule(4)
     assert pg.Process(grid, "cps").stochastic_steps() == (0, 1, 2)
-    assert all(pg.Process(grid, kernel).stochastic_steps() == (0, 1, 2, 3) for kernel in ("flow_sde", "dance"))
+    assert all(
+        pg.Process(grid, kernel).stochastic_steps() == (0, 1, 2, 3)
+        for kernel in ("flow_sde", "dance")
+    )
     assert pg.Process(grid[:-1], "cps").stochastic_steps() == (0, 1, 2)
     assert pg.Process(grid, "cps").stochastic_steps([0, 2]) == (0, 2)
-    with pytest.raises(ValueError, match=r"step 3 ends at t = 0, where the cps kernel has zero std and no density"):
+    with pytest.raises(
+        ValueError, match=r"step 3 ends at t = 0, where the cps kernel has zero std and no density"
+    ):
         pg.Process(grid, "cps").stochastic_steps([0, 3])
 
 
@@ -174,14 +207,18 @@ def test_stochastic_steps_refuses(steps):
 
 def test_adding_a_kernel_is_adding_an_entry(monkeypatch):
     """The kernel table is open: a new entry samples, decomposes and trains with no other change."""
-    brownian = lambda t, s, eta, t_1: pg.Coefficients(torch.ones_like(t), s - t, eta * torch.ones_like(t))
+    brownian = lambda t, s, eta, t_1: pg.Coefficients(
+        torch.ones_like(t), s - t, eta * torch.ones_like(t)
+    )
     monkeypatch.setitem(pg.KERNELS, "brownian", brownian)
     process = pg.Process(pg.schedule(3), "brownian", 2.0)
     noise = pg.draw_noise([torch.Generator().manual_seed(0)], 4, (2,), 3)
     theta = torch.tensor(0.5, requires_grad=True)
     velocity = lambda x, t, c: theta * x
     rollout = pg.rollout_shared_anchor(velocity, process, noise)
-    result = pg.policy_loss(velocity, rollout, pg.group_advantages(rollout.x_0.sum(-1)), factors=(2,))
+    result = pg.policy_loss(
+        velocity, rollout, pg.group_advantages(rollout.x_0.sum(-1)), factors=(2,)
+    )
     assert result.loss.isfinite() and torch.autograd.grad(result.loss, theta)[0] != 0
     assert torch.equal(result.terms[2].effective_weight, torch.ones(3, dtype=torch.float64))
 
@@ -245,7 +282,9 @@ def test_sample_is_the_mean_plus_std_times_noise():
         assert x_s.dtype == dtype and torch.equal(x_s, mean + std.to(dtype)[:, None] * noise)
 
 
-@pytest.mark.parametrize("bad", [lambda x, t, c: x[:, :1], lambda x, t, c: x.sum(1), lambda x, t, c: x[None]])
+@pytest.mark.parametrize(
+    "bad", [lambda x, t, c: x[:, :1], lambda x, t, c: x.sum(1), lambda x, t, c: x[None]]
+)
 def test_velocity_of_a_wrong_shape_is_refused(bad):
     """A velocity is shaped like its state; one that would broadcast silently is refused."""
     with pytest.raises(ValueError, match=r"^velocity returned shape .* must be equal$"):

@@ -19,22 +19,38 @@ from zoo.shapes import model as shapes_model
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-SHORT = {"--iterations": "1", "--heldout": "4", "--prompts-per-iteration": "2", "--group-size": "2", "--threads": "1",
-         "--eval-steps": "1"}
+COMMANDS = [
+    line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()
+]
+SHORT = {
+    "--iterations": "1",
+    "--heldout": "4",
+    "--prompts-per-iteration": "2",
+    "--group-size": "2",
+    "--threads": "1",
+    "--eval-steps": "1",
+}
 
 
 def tiny(words: list[str], folder: Path) -> list[str]:
     """The same command line on a tiny pipeline of the model's family and rewards that need no hub."""
     family = "flux" if "flux" in words[words.index("--model") + 1].lower() else "sd3"
-    shown = {"--model": [str(folder / family)], "--reward": ["zoo.rewards.example:warmth"],
-             "--eval-reward": ["zoo.rewards.example:contrast"], "--size": ["32", "32"]}
+    shown = {
+        "--model": [str(folder / family)],
+        "--reward": ["zoo.rewards.example:warmth"],
+        "--eval-reward": ["zoo.rewards.example:contrast"],
+        "--size": ["32", "32"],
+    }
     for flag, values in shown.items():
         if flag in words:
             start = words.index(flag) + 1
-            stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+            stop = next(
+                (i for i in range(start, len(words)) if words[i].startswith("--")), len(words)
+            )
             words[start:stop] = values
-    return words if "--size" in words else [*words, "--size", "32", "32", "--dry-run"]  # tests/test_released.py runs
+    return (
+        words if "--size" in words else [*words, "--size", "32", "32", "--dry-run"]
+    )  # tests/test_released.py runs
 
 
 def shortened(command: str, pipelines: Path) -> list[str]:
@@ -46,12 +62,28 @@ def shortened(command: str, pipelines: Path) -> list[str]:
         words = ["python", *words[2:]]
     words = [str(shapes_model.CHECKPOINT) if w.startswith("runs/") else w for w in words]
     if words[0] == "torchrun":
-        words = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[2:]]
+        words = [
+            "python",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            *words[2:],
+        ]
     assert words[0] == "python", command
     if words[1:3] == ["-m", "zoo.released.random_pipelines"]:
         return [sys.executable, *(w for w in words[1:] if w != "--real")]
     if words[1:3] == ["-m", "pytest"]:
-        return [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT),
+        ]
     if words[1:3] == ["-m", "zoo.shapes.pretrain"]:
         return [sys.executable, *words[1:], "--dry-run"]
     if words[1:3] == ["-m", "zoo.shapes.gradient_signal"]:
@@ -63,8 +95,11 @@ def shortened(command: str, pipelines: Path) -> list[str]:
     if words[script].endswith("verify_equivalence.py"):
         alone = {"--against", "--vectors", "--check-vectors"} & set(words)
         claims = ["E2"] if "--model" in words else ["E5"]
-        return [sys.executable, *words[1:], *([] if alone or "--claims" in words
-                                              else ["--claims", *claims, "--factors", "2"])]
+        return [
+            sys.executable,
+            *words[1:],
+            *([] if alone or "--claims" in words else ["--claims", *claims, "--factors", "2"]),
+        ]
     if "--model" in words:
         words = tiny(words, pipelines)
     given = {w for w in words if w.startswith("--")}
@@ -106,7 +141,9 @@ def test_the_commands_of_the_readme_run(command, tmp_path, pipelines):
     if command.startswith("pip "):
         assert command == "pip install -r requirements.txt"
         lines = (ROOT / "requirements.txt").read_text().splitlines()
-        assert all(re.fullmatch(r"[a-z_-]+==[0-9.]+", line) for line in lines), "requirements are pinned"
+        assert all(re.fullmatch(r"[a-z_-]+==[0-9.]+", line) for line in lines), (
+            "requirements are pinned"
+        )
         return
     for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S):
         (tmp_path / name).write_text(text)
@@ -117,8 +154,14 @@ def test_the_commands_of_the_readme_run(command, tmp_path, pipelines):
         (tmp_path / "heldout.txt").write_text("a blue bird\n")
     if "cuda" in command and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    result = subprocess.run(shortened(command, pipelines), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                            capture_output=True, text=True, timeout=280)
+    result = subprocess.run(
+        shortened(command, pipelines),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -128,7 +171,9 @@ def test_the_tour_points_at_what_it_names():
     places = re.findall(r"\[`([^`]+)`\]\(pave_grpo\.py#L(\d+)\)", README)
     assert len(places) >= 15
     for name, number in places:
-        assert name in lines[int(number) - 1], f"{name} is not on line {number}: {lines[int(number) - 1]!r}"
+        assert name in lines[int(number) - 1], (
+            f"{name} is not on line {number}: {lines[int(number) - 1]!r}"
+        )
 
 
 def test_the_example_of_the_module_runs():

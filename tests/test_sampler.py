@@ -30,8 +30,12 @@ from hypothesis import strategies as st
 
 import pave_grpo as pg
 
-FLOW = GaussianFlow([[1.0, -0.5, 0.2], [-2.0, 0.3, 1.0]], [0.5, 2.0, 0.1])  # two prompts, three dimensions
-step_sets = st.sets(st.integers(0, 3), min_size=1).map(sorted)  # of T = 5 steps, the last one excluded for cps
+FLOW = GaussianFlow(
+    [[1.0, -0.5, 0.2], [-2.0, 0.3, 1.0]], [0.5, 2.0, 0.1]
+)  # two prompts, three dimensions
+step_sets = st.sets(st.integers(0, 3), min_size=1).map(
+    sorted
+)  # of T = 5 steps, the last one excluded for cps
 
 
 # ---- Against the plain loop ----------------------------------------------------------------------------------
@@ -41,14 +45,20 @@ step_sets = st.sets(st.integers(0, 3), min_size=1).map(sorted)  # of T = 5 steps
 LOOP = 30 * 16 * 3**5 * EPS
 
 
-@given(seed=seeds, kernel=kernels, eta=st.floats(0.2, 1.0), steps=step_sets, own_start=st.booleans())
+@given(
+    seed=seeds, kernel=kernels, eta=st.floats(0.2, 1.0), steps=step_sets, own_start=st.booleans()
+)
 @example(seed=0, kernel="flow_sde", eta=0.7, steps=[0, 1, 2, 3, 4], own_start=True)
 def test_independent_is_the_plain_loop(seed, kernel, eta, steps, own_start):
     """An independent member is its own chain of SDE and ODE steps, in a batch as when run alone."""
     process, P, G = pg.Process(pg.schedule(5, 2.0), kernel, eta), 2, 3
     noise = pg.draw_noise(generators(seed, P), G, (3,), len(steps), own_start, torch.float64)
     rollout = pg.rollout_independent(FLOW, process, noise, steps)
-    assert rollout.sde_steps == tuple(steps) and rollout.x_0.shape == (P, 1, G, 3) and rollout.anchor_x_0 is None
+    assert (
+        rollout.sde_steps == tuple(steps)
+        and rollout.x_0.shape == (P, 1, G, 3)
+        and rollout.anchor_x_0 is None
+    )
     for p in range(P):
         for g in range(G):
             own = {i: noise.steps[p, j, g][None] for j, i in enumerate(steps)}
@@ -90,10 +100,15 @@ def test_ode_sample_is_the_plain_loop():
     """Ode_sample is Euler along the grid, row b under condition b, and gives the finished anchor bitwise."""
     process, x = pg.Process(pg.schedule(5, 2.0)), normal(0, 2, 3)
     with torch.no_grad():
-        loop = [slow_rollout(FLOW, process, x[p : p + 1], {}, [], torch.tensor([p]))[0] for p in range(2)]
+        loop = [
+            slow_rollout(FLOW, process, x[p : p + 1], {}, [], torch.tensor([p]))[0]
+            for p in range(2)
+        ]
     assert (pg.ode_sample(FLOW, process.grid, x) - torch.cat(loop)).abs().max() <= LOOP
     rollout = roll("shared_anchor", FLOW, process, finish_anchor=True)
-    start = torch.stack([torch.randn(3, generator=g, dtype=torch.float64) for g in generators(0, 2)])
+    start = torch.stack(
+        [torch.randn(3, generator=g, dtype=torch.float64) for g in generators(0, 2)]
+    )
     assert torch.equal(rollout.anchor_x_0, pg.ode_sample(FLOW, process.grid, start))
 
 
@@ -104,7 +119,9 @@ def test_ode_sample_is_the_plain_loop():
 def test_the_first_pass_recomputes_the_sampling_bitwise(seed, kernel, mode, steps, half):
     """Log p_old stored while sampling is `==` the one the update computes, for an elementwise velocity."""
     process = pg.Process(pg.schedule(5, 3.0), kernel)
-    rollout = roll(mode, FLOW, process, steps=steps, seed=seed, dtype=torch.float32 if half else torch.float64)
+    rollout = roll(
+        mode, FLOW, process, steps=steps, seed=seed, dtype=torch.float32 if half else torch.float64
+    )
     result = pg.policy_loss(FLOW, rollout, some_advantages(rollout), reduction="sum")
     assert torch.equal(result.old.log_probs[1], rollout.log_prob) and result.old.sampling_gap == 0.0
     # "mean" stores the sum and divides it again: d m / d differs from m by at most two roundings.
@@ -136,7 +153,9 @@ def test_the_sampling_gap_of_a_network_is_float32_rounding(kernel, mode):
 def test_rollouts_carry_no_gradient(mode):
     """A rollout is made under theta_old, so nothing in it requires grad."""
     rollout = roll(mode, FLOW, pg.Process(pg.schedule(3)))
-    assert not any(f.requires_grad for f in (rollout.x_t, rollout.x_s, rollout.log_prob, rollout.x_0))
+    assert not any(
+        f.requires_grad for f in (rollout.x_t, rollout.x_s, rollout.log_prob, rollout.x_0)
+    )
     assert not pg.ode_sample(FLOW, pg.schedule(2), normal(0, 2, 3)).requires_grad
 
 
@@ -198,9 +217,14 @@ def test_shared_anchor_branches_have_the_exact_law(kernel):
     process = pg.Process(pg.schedule(4, 2.0), kernel, 0.8)
     rollout = roll("shared_anchor", GaussianFlow(m[None], q), process, P=1, G=N, d=2, steps=[0, 2])
     for j, i in enumerate((0, 2)):
-        check_law(rollout.x_0[0, j], *gaussian_law(process, m, q, rollout.x_t[0, 0, 0].double(), 0 * q, [i]))
+        check_law(
+            rollout.x_0[0, j],
+            *gaussian_law(process, m, q, rollout.x_t[0, 0, 0].double(), 0 * q, [i]),
+        )
     noises = (rollout.x_s - rollout.x_s.mean(2, keepdim=True)) / rollout.x_s.std(2, keepdim=True)
-    assert abs((noises[0, 0] * noises[0, 1]).mean().item()) <= Z / math.sqrt(2 * N)  # steps draw their own noise
+    assert abs((noises[0, 0] * noises[0, 1]).mean().item()) <= Z / math.sqrt(
+        2 * N
+    )  # steps draw their own noise
 
 
 def variance_error(kernel, T, start, q=0.3, eta=0.7):
@@ -229,17 +253,24 @@ def test_e11_one_step_from_the_exact_marginal(kernel):
     """E11: with data at the origin one step has variance s^2 under cps, s^2 + g^2 D^2/t + g^4 D^2/(4t^2) otherwise."""
     t, s, eta = 0.7, 0.4, 0.7
     p = pg.Process([t, s], kernel, eta).transition(
-        torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 1 / t, dtype=torch.float64),
-        torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64))  # fmt: skip
+        torch.ones(1, 1, dtype=torch.float64),
+        torch.full((1, 1), 1 / t, dtype=torch.float64),
+        torch.tensor([t], dtype=torch.float64),
+        torch.tensor([s], dtype=torch.float64),
+    )
     g2 = eta**2 * (t / (1 - t) if kernel == "flow_sde" else 1)
     excess = 0 if kernel == "cps" else g2 * (t - s) ** 2 / t + g2**2 * (t - s) ** 2 / (4 * t**2)
-    assert abs((p.mean * t).item() ** 2 + p.std.item() ** 2 - s**2 - excess) <= 30 * EPS  # 30 roundings below 1
+    assert (
+        abs((p.mean * t).item() ** 2 + p.std.item() ** 2 - s**2 - excess) <= 30 * EPS
+    )  # 30 roundings below 1
 
 
 # ---- Accounting ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps, finish", [([0, 2, 4], False), ([0, 2, 4], True), ([3], False), ([5], False)])
+@pytest.mark.parametrize(
+    "steps, finish", [([0, 2, 4], False), ([0, 2, 4], True), ([3], False), ([5], False)]
+)
 def test_shared_anchor_cost(steps, finish):
     """A prompt costs G sum_i (T-1-i) for branches plus max_i + 1 (T if finished), one call per time."""
     process, P, G, T = pg.Process(pg.schedule(6, 3.0)), 2, 4, 6
@@ -247,7 +278,10 @@ def test_shared_anchor_cost(steps, finish):
     roll("shared_anchor", velocity, process, P, G, steps=steps, finish_anchor=finish)
     rows = P * (G * sum(T - 1 - i for i in steps) + (T if finish else max(steps) + 1))
     assert velocity.rows == rows
-    assert all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t)) and len(velocity.t) == T
+    assert (
+        all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t))
+        and len(velocity.t) == T
+    )
 
 
 def test_independent_cost():
@@ -255,7 +289,10 @@ def test_independent_cost():
     process, velocity = pg.Process(pg.schedule(6, 3.0)), Counting(FLOW)
     roll("independent", velocity, process, P=2, G=4, steps=[1, 3])
     assert velocity.rows == 2 * 4 * 6
-    assert all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t)) and len(velocity.t) == 6
+    assert (
+        all(bool((t == process.grid[i]).all()) for i, t in enumerate(velocity.t))
+        and len(velocity.t) == 6
+    )
 
 
 @given(seed=seeds, kernel=kernels, mode=modes, P=st.integers(2, 4))
@@ -265,7 +302,9 @@ def test_a_batch_of_prompts_is_each_prompt_alone(seed, kernel, mode, P):
     flow = GaussianFlow(normal(seed, P, 3), [0.5, 2.0, 0.1])
     together = roll(mode, flow, process, P, seed=seed, steps=[0, 2])
     for p in range(P):
-        alone = roll(mode, lambda x, t, c, p=p: flow(x, t, c + p), process, 1, seed=seed + p, steps=[0, 2])
+        alone = roll(
+            mode, lambda x, t, c, p=p: flow(x, t, c + p), process, 1, seed=seed + p, steps=[0, 2]
+        )
         for name in ("x_t", "x_s", "log_prob", "x_0"):
             assert torch.equal(getattr(together, name)[p], getattr(alone, name)[0]), name
 
@@ -273,12 +312,19 @@ def test_a_batch_of_prompts_is_each_prompt_alone(seed, kernel, mode, P):
 @each_mode
 def test_conditions_reach_their_rows(mode):
     """V = c moves prompt c by exactly -c in all, on every path from t = 1 to 0, however stochastic."""
-    process, calm = pg.Process(pg.schedule(4), "dance", 1e-12), lambda x, t, c: column(c, x).expand_as(x)
+    process, calm = (
+        pg.Process(pg.schedule(4), "dance", 1e-12),
+        lambda x, t, c: column(c, x).expand_as(x),
+    )
     rollout = roll(mode, calm, process, P=3, G=2)
     start = rollout.x_t[:, :1, :, :]
     # dance with eta = 1e-12: noise below 4 eta T, drift eta^2; the rest is rounding of numbers below 8.
-    assert (rollout.x_0 - (start - torch.arange(3.0)[:, None, None, None])).abs().max() <= 16e-12 + 40 * EPS
-    assert (rollout.x_t[:, 1] - rollout.x_t[:, 0] + torch.arange(3.0)[:, None, None] / 4).abs().max() <= 2e-11
+    assert (
+        rollout.x_0 - (start - torch.arange(3.0)[:, None, None, None])
+    ).abs().max() <= 16e-12 + 40 * EPS
+    assert (
+        rollout.x_t[:, 1] - rollout.x_t[:, 0] + torch.arange(3.0)[:, None, None] / 4
+    ).abs().max() <= 2e-11
 
 
 # ---- Noise and dtype -----------------------------------------------------------------------------------------
@@ -302,7 +348,9 @@ def test_a_prompts_noise_is_its_own():
     noise = pg.draw_noise(generators(0, 3), 4, (2, 2), 5, own_start=True)
     alone = pg.draw_noise(generators(2, 1), 4, (2, 2), 5, own_start=True)
     assert noise.start.shape == (3, 4, 2, 2) and noise.steps.shape == (3, 5, 4, 2, 2)
-    assert torch.equal(noise.start[2], alone.start[0]) and torch.equal(noise.steps[2], alone.steps[0])
+    assert torch.equal(noise.start[2], alone.start[0]) and torch.equal(
+        noise.steps[2], alone.steps[0]
+    )
     assert torch.equal(noise.start[2], torch.randn(4, 2, 2, generator=generators(2, 1)[0]))
     everything = torch.cat([noise.start.flatten(0, 1), noise.steps.flatten(0, 2)])
     assert len(everything.flatten(1).unique(dim=0)) == len(everything) == 3 * 4 + 3 * 5 * 4
@@ -331,20 +379,33 @@ def test_the_model_may_compute_in_another_dtype(mode, dtype):
     cast = lambda x, t, c: FLOW(x, t, c).to(dtype).float()
     process = pg.Process(pg.schedule(4))
     ours, same = (roll(mode, v, process, dtype=torch.float32) for v in (model, cast))
-    assert ours.x_0.dtype == ours.x_s.dtype == torch.float32 and set(seen) == {(torch.float32, torch.float32)}
+    assert ours.x_0.dtype == ours.x_s.dtype == torch.float32 and set(seen) == {
+        (torch.float32, torch.float32)
+    }
     assert torch.equal(ours.x_0, same.x_0) and torch.equal(ours.x_s, same.x_s)
     assert not torch.equal(ours.x_0, ours.x_0.bfloat16().float())
-    assert pg.ode_sample(model, process.grid, normal(0, 2, 3, dtype=torch.float32)).dtype == torch.float32
+    assert (
+        pg.ode_sample(model, process.grid, normal(0, 2, 3, dtype=torch.float32)).dtype
+        == torch.float32
+    )
 
 
-@pytest.mark.parametrize("noise_steps, start_rows, mode", [
-    (3, 1, "independent"), (1, 1, "shared_anchor"), (2, 3, "independent"), (2, 4, "shared_anchor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "noise_steps, start_rows, mode",
+    [
+        (3, 1, "independent"),
+        (1, 1, "shared_anchor"),
+        (2, 3, "independent"),
+        (2, 4, "shared_anchor"),
+    ],
+)
 def test_noise_that_does_not_fit_is_refused(noise_steps, start_rows, mode):
     """Noise has one draw per stochastic step and one start per group, or one per independent member."""
     noise = pg.Noise(torch.zeros(2, start_rows, 3), torch.zeros(2, noise_steps, 4, 3))
     sampler = pg.rollout_independent if mode == "independent" else pg.rollout_shared_anchor
-    with pytest.raises(ValueError, match=r"^noise with start .* for 2 stochastic steps, need start .*$"):
+    with pytest.raises(
+        ValueError, match=r"^noise with start .* for 2 stochastic steps, need start .*$"
+    ):
         sampler(FLOW, pg.Process(pg.schedule(4)), noise, [0, 2])
 
 

@@ -26,13 +26,26 @@ def test_the_rule_is_right_about_drawn_pictures():
 def test_parts_of_the_score_are_credited_apart():
     """A picture judged by another prompt earns what it shows and no more: colours, number, objects, relation."""
     picture = shapes.draw(["a red circle and a blue square"], seeded(1))
-    by = {prompt: shapes.judge(picture, [prompt]) for prompt in
-          ("a red circle and a blue square", "a red square and a blue square", "a red circle", "a green triangle")}
+    by = {
+        prompt: shapes.judge(picture, [prompt])
+        for prompt in (
+            "a red circle and a blue square",
+            "a red square and a blue square",
+            "a red circle",
+            "a green triangle",
+        )
+    }
     scores = [verdict.score.item() for verdict in by.values()]
     assert scores[0] == 1 and by["a red circle and a blue square"].right.item()
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4 and all(0 <= x <= 1 for x in scores)
+    assert (
+        scores == sorted(scores, reverse=True)
+        and len(set(scores)) == 4
+        and all(0 <= x <= 1 for x in scores)
+    )
     one = by["a red circle"]
-    assert not one.right.item() and one.number.item() == 0 and one.objects.item() == 0.5  # one object too many
+    assert (
+        not one.right.item() and one.number.item() == 0 and one.objects.item() == 0.5
+    )  # one object too many
     left = shapes.draw(["a red circle left of a blue square"], seeded(2))
     assert shapes.judge(left, ["a red circle left of a blue square"]).right.item()
     wrong = shapes.judge(left, ["a red circle right of a blue square"])
@@ -47,10 +60,17 @@ def loopholes(prompt: str) -> dict[str, torch.Tensor]:
     specks = clean.clone()
     specks[:, ::6, ::6] = red
     four = shapes.draw(["three red circles"], seeded(5))[0]
-    return {"noise": noise, "red everywhere": red.expand(3, 32, 32), "specks": specks, "too many": four,
-            "nothing": torch.tensor(shapes.BACKGROUND)[:, None, None].expand(3, 32, 32).clone(),
-            "grey": torch.full((3, 32, 32), 0.5), "fog": 0.6 * clean + 0.4 * noise,
-            "pale": 0.35 * clean + 0.65 * torch.tensor(shapes.BACKGROUND)[:, None, None], "black ground": clean * 0.5}
+    return {
+        "noise": noise,
+        "red everywhere": red.expand(3, 32, 32),
+        "specks": specks,
+        "too many": four,
+        "nothing": torch.tensor(shapes.BACKGROUND)[:, None, None].expand(3, 32, 32).clone(),
+        "grey": torch.full((3, 32, 32), 0.5),
+        "fog": 0.6 * clean + 0.4 * noise,
+        "pale": 0.35 * clean + 0.65 * torch.tensor(shapes.BACKGROUND)[:, None, None],
+        "black ground": clean * 0.5,
+    }
 
 
 @pytest.mark.parametrize("name", loopholes("a red circle"))
@@ -64,7 +84,11 @@ def test_loopholes_of_the_rule_are_closed(name):
 @given(st.integers(0, 10**6), st.integers(0, len(shapes.PROMPTS) - 1))
 def test_a_judgement_belongs_to_its_own_row(seed, i):
     """Judged alone, in a batch or in another order, a picture gets the same score; right is a complete score."""
-    prompts = [shapes.PROMPTS[i], shapes.PROMPTS[(7 * i + 3) % len(shapes.PROMPTS)], "two red circles"]
+    prompts = [
+        shapes.PROMPTS[i],
+        shapes.PROMPTS[(7 * i + 3) % len(shapes.PROMPTS)],
+        "two red circles",
+    ]
     pictures = shapes.draw([prompts[1], prompts[1], prompts[2]], seeded(seed))
     together = shapes.judge(pictures, prompts)
     alone = torch.cat([shapes.reward(x[None], [p]) for x, p in zip(pictures, prompts)])
@@ -73,8 +97,19 @@ def test_a_judgement_belongs_to_its_own_row(seed, i):
     assert torch.equal(together.right, together.score == 1)
 
 
-@pytest.mark.parametrize("prompt", ["", "a red", "red circle", "a purple circle", "two red circle", "four red circles",
-                                    "a red circle left of a red square", "A red circle"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a red",
+        "red circle",
+        "a purple circle",
+        "two red circle",
+        "four red circles",
+        "a red circle left of a red square",
+        "A red circle",
+    ],
+)
 def test_prompts_outside_the_grammar_are_refused(prompt):
     """One line that names the prompt."""
     with pytest.raises(ValueError, match="grammar") as error:
@@ -82,8 +117,15 @@ def test_prompts_outside_the_grammar_are_refused(prompt):
     assert repr(prompt) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 16, 16), torch.full((1, 3, 32, 32), float("nan")),
-                                    torch.full((1, 3, 32, 32), 2.0), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 16, 16),
+        torch.full((1, 3, 32, 32), float("nan")),
+        torch.full((1, 3, 32, 32), 2.0),
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+    ],
+)
 def test_pictures_outside_the_contract_are_refused(images):
     """The reward contract is float [B, 3, 32, 32] in [0, 1]: anything else is one clear line."""
     with pytest.raises(ValueError, match="images"):
@@ -93,12 +135,20 @@ def test_pictures_outside_the_contract_are_refused(images):
 def test_heldout_scenes_are_held_out_in_every_wording():
     """No training prompt asks for the scene of a held-out one; every word and every object is still trained."""
     key = {p: shapes.parse(p).key() for p in shapes.PROMPTS}
-    assert len(set(shapes.PROMPTS)) == len(shapes.PROMPTS) == len(shapes.TRAIN_PROMPTS) + len(shapes.HELDOUT_PROMPTS)
+    assert (
+        len(set(shapes.PROMPTS))
+        == len(shapes.PROMPTS)
+        == len(shapes.TRAIN_PROMPTS) + len(shapes.HELDOUT_PROMPTS)
+    )
     assert not {key[p] for p in shapes.HELDOUT_PROMPTS} & {key[p] for p in shapes.TRAIN_PROMPTS}
     assert 0.1 < len(shapes.HELDOUT_PROMPTS) / len(shapes.PROMPTS) < 0.25
-    assert {w for p in shapes.TRAIN_PROMPTS for w in p.split()} == {w for p in shapes.PROMPTS for w in p.split()}
-    objects = [{(g.colour, g.shape) for p in prompts for g in shapes.parse(p).groups}
-               for prompts in (shapes.TRAIN_PROMPTS, shapes.PROMPTS)]
+    assert {w for p in shapes.TRAIN_PROMPTS for w in p.split()} == {
+        w for p in shapes.PROMPTS for w in p.split()
+    }
+    objects = [
+        {(g.colour, g.shape) for p in prompts for g in shapes.parse(p).groups}
+        for prompts in (shapes.TRAIN_PROMPTS, shapes.PROMPTS)
+    ]
     assert objects[0] == objects[1]
 
 
@@ -120,7 +170,7 @@ def test_the_model_is_a_velocity_of_rows():
     t = torch.tensor([0.9, 0.3], dtype=torch.float64)
     with torch.no_grad():
         v = model(x, t, tokens)
-        alone = torch.cat([model(x[i:i + 1], t[i:i + 1], tokens[i:i + 1]) for i in range(2)])
+        alone = torch.cat([model(x[i : i + 1], t[i : i + 1], tokens[i : i + 1]) for i in range(2)])
         swapped = model(x, t, tokens.flip(0))
         clean = model.clean(x, t, tokens)
     assert v.dtype == torch.float64 and v.shape == x.shape
@@ -151,7 +201,9 @@ def test_pretraining_learns_in_a_few_steps():
     images = shapes.draw(["a red circle"] * 8, seeded(7)) * 2 - 1
     tokens = shapes_model.tokenize(["a red circle"] * 8)
     exact = loss(lambda x, t, tokens: (x - images) / t.view(-1, 1, 1, 1), images, tokens, seeded(8))
-    assert exact.item() < 1e-8  # float32 states of order 1, divided by t > 0.01: errors of 1e-5, squared and averaged
+    assert (
+        exact.item() < 1e-8
+    )  # float32 states of order 1, divided by t > 0.01: errors of 1e-5, squared and averaged
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(12):

@@ -64,9 +64,15 @@ def test_plain_diffusers_loads_what_is_saved(name, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     guidance = 3.5 if flow.is_flux else 1.0
     with torch.no_grad():
-        theirs = pipe(PROMPTS, height=32, width=32, num_inference_steps=3, guidance_scale=guidance,
-                      latents=noise.clone(),
-                      output_type="latent").images
+        theirs = pipe(
+            PROMPTS,
+            height=32,
+            width=32,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            latents=noise.clone(),
+            output_type="latent",
+        ).images
     assert (theirs - ours).abs().max() <= 1e-3 * (ours - released).abs().max()
 
 
@@ -77,14 +83,18 @@ def test_a_step_on_adapters_alone_with_a_kl_that_has_a_gradient(name, tmp_path):
     tuned = tuning.add_lora(flow, rank=4, alpha=8)
     stirred(tuned)
     process = pg.Process(pg.schedule(4, 3.0), "flow_sde", 0.8)
-    noise = pg.draw_noise([torch.Generator().manual_seed(i) for i in range(2)], 3, flow.shape(32, 32), 1)
+    noise = pg.draw_noise(
+        [torch.Generator().manual_seed(i) for i in range(2)], 3, flow.shape(32, 32), 1
+    )
     rollout = pg.rollout_shared_anchor(velocity, process, noise, (1,))
 
     def released(x, t, c):
         with tuning.reference(flow):
             return velocity(x, t, c)
 
-    result = pg.policy_loss(velocity, rollout, torch.zeros(2, 1, 3), kl=1.0, reference=released)  # no reward: KL alone
+    result = pg.policy_loss(
+        velocity, rollout, torch.zeros(2, 1, 3), kl=1.0, reference=released
+    )  # no reward: KL alone
     result.loss.backward()
     assert result.kl > 0 and all(p.grad is not None and p.grad.isfinite().all() for p in tuned)
     assert sum(p.grad.norm() for p in tuned) > 0
@@ -107,7 +117,10 @@ def test_the_same_seed_gives_the_same_adapters_and_bad_arguments_one_line(tmp_pa
         made.append(tuning.add_lora(loaded("sd3", tmp_path / str(i))[1], rank=2, alpha=2, seed=7))
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     flow = loaded("sd3", tmp_path / "c")[1]
-    for arguments, message in (({"rank": 0}, "rank=0"), ({"alpha": 0}, "alpha=0"),
-                               ({"targets": ["x"]}, "name no matrix")):
+    for arguments, message in (
+        ({"rank": 0}, "rank=0"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"targets": ["x"]}, "name no matrix"),
+    ):
         with pytest.raises(ValueError, match=message):
             tuning.add_lora(flow, **arguments)

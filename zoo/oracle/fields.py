@@ -26,7 +26,7 @@ from pave_grpo import Process
 from zoo.shapes import model as shapes_model
 from zoo.shapes import world as shapes
 
-DIM = 6       # dimensions of the fields without a picture
+DIM = 6  # dimensions of the fields without a picture
 RAPID = 25.0  # about four turns of the hidden units over t in [0, 1]
 PROMPTS = ("two red circles", "a blue square left of a green triangle")
 
@@ -85,8 +85,10 @@ class Network(nn.Module):
     def __init__(self, generator: torch.Generator, dim: int = DIM, pace: float = 1.0):
         super().__init__()
         self.pace = pace
-        self.w1, self.w2 = (nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) * scale)
-                            for shape, scale in (((dim + 2, 16), 0.6), ((16, dim), 0.5)))
+        self.w1, self.w2 = (
+            nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) * scale)
+            for shape, scale in (((dim + 2, 16), 0.6), ((16, dim), 0.5))
+        )
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         rows = torch.cat([x, self.pace * column(t, x), column(c % 5, x) / 2 - 1], dim=1)
@@ -106,7 +108,9 @@ class Pictured(nn.Module):
         return self.model(x.to(dtype), t.to(dtype), self.tokens[c % len(self.tokens)])
 
 
-def pictured(path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float64) -> Fixture:
+def pictured(
+    path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float64
+) -> Fixture:
     """The embedded model, or a checkpoint of train.py, as a fixture. ValueError for a path that is no checkpoint."""
     model = shapes_model.load(path or shapes_model.CHECKPOINT).to(dtype)
     for prompt in prompts:
@@ -120,7 +124,9 @@ class Piped(nn.Module):
     Guidance is FLUX's usual 3.5 where the model takes it, and none elsewhere.
     """
 
-    def __init__(self, path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]):
+    def __init__(
+        self, path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]
+    ):
         super().__init__()
         from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
 
@@ -189,14 +195,23 @@ class OnlyCall(nn.Module):
         self.calls += 1
         if self.calls - 1 == self.alive:
             return self.field(x, t, c)
-        return functional_call(self.field, {n: p.detach() for n, p in self.field.named_parameters()}, (x, t, c))
+        return functional_call(
+            self.field, {n: p.detach() for n, p in self.field.named_parameters()}, (x, t, c)
+        )
 
 
 # ---- The truth about a Gaussian flow ---------------------------------------------------------------------------
 
 
-def gaussian_law(process: Process, m: Tensor, q: Tensor, mean: Tensor, var: Tensor, sde_steps: Sequence[int],
-                 held: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+def gaussian_law(
+    process: Process,
+    m: Tensor,
+    q: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    sde_steps: Sequence[int],
+    held: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of x_0 from N(mean, var) at the grid's first time, under the exact velocity of N(m, diag q).
 
     Every step is affine, so the law stays Gaussian: no sample, no density, no score (THEORY.md, section 4). In the
@@ -214,18 +229,30 @@ def gaussian_law(process: Process, m: Tensor, q: Tensor, mean: Tensor, var: Tens
         if process.kernel == "cps":
             h = process.eta * math.pi / 2
             std, keep = s * math.sin(h), s * math.cos(h)
-            step = lambda x, v, t=t, s=s, keep=keep: (1 - s) * (x - t * v) + keep * (x + (1 - t) * v)
+            step = lambda x, v, t=t, s=s, keep=keep: (
+                (1 - s) * (x - t * v) + keep * (x + (1 - t) * v)
+            )
         else:
-            g2 = process.eta**2 * (1 if process.kernel == "dance" else t / (1 - (t if t < 1 else grid[1])))
+            g2 = process.eta**2 * (
+                1 if process.kernel == "dance" else t / (1 - (t if t < 1 else grid[1]))
+            )
             std = (g2 * D) ** 0.5
             step = lambda x, v, t=t, D=D, g2=g2: x - D * v - D * g2 / (2 * t) * (x + (1 - t) * v)
         mean, var = step(mean, v), step(1.0, slope) ** 2 * var + std**2
     return mean, var
 
 
-def policy_gradient(process: Process, m: Tensor, log_q: Tensor, target: Tensor, sde_steps: Sequence[int],
-                    held: Sequence[int] = ()) -> Tensor:
+def policy_gradient(
+    process: Process,
+    m: Tensor,
+    log_q: Tensor,
+    target: Tensor,
+    sde_steps: Sequence[int],
+    held: Sequence[int] = (),
+) -> Tensor:
     """d E[-|x_0 - target|^2] / d (m, log_q), from noise N(0, I), by propagating mean and variance: [2 d]."""
     a, b = m.detach().requires_grad_(), log_q.detach().requires_grad_()
-    mean, var = gaussian_law(process, a, b.exp(), torch.zeros_like(m), torch.ones_like(m), sde_steps, held)
+    mean, var = gaussian_law(
+        process, a, b.exp(), torch.zeros_like(m), torch.ones_like(m), sde_steps, held
+    )
     return torch.cat(torch.autograd.grad(-(var + (mean - target) ** 2).sum(), [a, b]))

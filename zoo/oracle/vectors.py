@@ -48,23 +48,52 @@ from zoo.oracle import fields
 VERSION = 1
 TOLERANCE = 1e-11  # of the largest entry: some hundred roundings through std >= 0.05; another exp is allowed
 INPUTS = ("m", "log_q", "m_new", "log_q_new", "noise_start", "noise_steps", "rewards")
-USUAL = dict(kernel="flow_sde", eta=0.7, grid=[1.0, 0.75, 0.5, 0.25, 0.0], sde_steps=[0, 2], rollouts="shared_anchor",
-             factors=[2, 3], form="paper", reduction="mean", clip=0.02, kl=0.0, ddof=1, eps=1e-8, clamp=5.0, group=4,
-             move=0.1)
+USUAL = dict(
+    kernel="flow_sde",
+    eta=0.7,
+    grid=[1.0, 0.75, 0.5, 0.25, 0.0],
+    sde_steps=[0, 2],
+    rollouts="shared_anchor",
+    factors=[2, 3],
+    form="paper",
+    reduction="mean",
+    clip=0.02,
+    kl=0.0,
+    ddof=1,
+    eps=1e-8,
+    clamp=5.0,
+    group=4,
+    move=0.1,
+)
 CASES = {
-    "flow_sde from t = 1": {}, "cps from t = 1": {"kernel": "cps"}, "dance from t = 1": {"kernel": "dance"},
-    "flow_sde independent": {"rollouts": "independent"}, "cps independent": {"kernel": "cps",
-                                                                             "rollouts": "independent"},
-    "matched, summed": {"form": "matched", "reduction": "sum", "clip": 0.2}, "k = 1 only": {"factors": []},
-    "k = 5": {"factors": [5], "kernel": "dance"}, "flow_sde to s = 0": {"sde_steps": [3]},
-    "equal rewards": {"equal": True}, "G = 2": {"group": 2}, "a clamp that acts": {"clamp": 0.8},
-    "ddof 0, eps 1e-4": {"ddof": 0, "eps": 1e-4}, "no clip": {"clip": None}, "at theta_old": {"move": 0.0},
-         "KL": {"kl": 0.1},
+    "flow_sde from t = 1": {},
+    "cps from t = 1": {"kernel": "cps"},
+    "dance from t = 1": {"kernel": "dance"},
+    "flow_sde independent": {"rollouts": "independent"},
+    "cps independent": {"kernel": "cps", "rollouts": "independent"},
+    "matched, summed": {"form": "matched", "reduction": "sum", "clip": 0.2},
+    "k = 1 only": {"factors": []},
+    "k = 5": {"factors": [5], "kernel": "dance"},
+    "flow_sde to s = 0": {"sde_steps": [3]},
+    "equal rewards": {"equal": True},
+    "G = 2": {"group": 2},
+    "a clamp that acts": {"clamp": 0.8},
+    "ddof 0, eps 1e-4": {"ddof": 0, "eps": 1e-4},
+    "no clip": {"clip": None},
+    "at theta_old": {"move": 0.0},
+    "KL": {"kl": 0.1},
     "ratios on both sides of the clip": {"reduction": "sum", "clip": 0.05, "move": 0.2, "group": 8},
 }
-REFUSED = [{"kernel": "cps", "eta": 0.7, "grid": [1.0, 0.5, 0.0], "sde_steps": [1],
-            "why": "zero std at s = 0: no density"},
-           {"kernel": "cps", "eta": 1.5, "grid": [1.0, 0.5, 0.0], "sde_steps": [0], "why": "eta above 1"}]
+REFUSED = [
+    {
+        "kernel": "cps",
+        "eta": 0.7,
+        "grid": [1.0, 0.5, 0.0],
+        "sde_steps": [1],
+        "why": "zero std at s = 0: no density",
+    },
+    {"kernel": "cps", "eta": 1.5, "grid": [1.0, 0.5, 0.0], "sde_steps": [0], "why": "eta above 1"},
+]
 
 
 def inputs_of(name: str, setting: dict) -> dict[str, Tensor]:
@@ -78,15 +107,24 @@ def inputs_of(name: str, setting: dict) -> dict[str, Tensor]:
     rewards = draw(P, groups, G)
     if setting.get("equal"):
         rewards[0] = 1.0  # the groups of one prompt are silent, and stay in the mean
-    return {"m": m, "log_q": log_q, "m_new": m + setting["move"] * draw(P, d),
-            "log_q_new": log_q + setting["move"] * draw(P, d),
-            "noise_start": draw(P, G if own else 1, d), "noise_steps": draw(P, n, G, d), "rewards": rewards}
+    return {
+        "m": m,
+        "log_q": log_q,
+        "m_new": m + setting["move"] * draw(P, d),
+        "log_q_new": log_q + setting["move"] * draw(P, d),
+        "noise_start": draw(P, G if own else 1, d),
+        "noise_steps": draw(P, n, G, d),
+        "rewards": rewards,
+    }
 
 
 def compute(setting: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every intermediate of Algorithm 1, from the inputs of a case."""
     out: dict[str, Tensor] = {}
-    old, new = fields.Gaussian(given["m"], given["log_q"]), fields.Gaussian(given["m_new"], given["log_q_new"])
+    old, new = (
+        fields.Gaussian(given["m"], given["log_q"]),
+        fields.Gaussian(given["m_new"], given["log_q_new"]),
+    )
     process = pave.Process(setting["grid"], setting["kernel"], setting["eta"])
 
     def recorded(field, name):
@@ -97,27 +135,57 @@ def compute(setting: dict, given: dict[str, Tensor]) -> dict[str, Tensor]:
             v, i = field(x, t, c), next(calls)
             out.update({f"{name}_{i}_x": x, f"{name}_{i}_t": t, f"{name}_{i}_v": v})
             return v
+
         return velocity
 
-    sample = pave.rollout_shared_anchor if setting["rollouts"] == "shared_anchor" else pave.rollout_independent
-    rollout = sample(recorded(old, "call"), process, pave.Noise(given["noise_start"], given["noise_steps"]),
-                     setting["sde_steps"])
-    out |= {"x_t": rollout.x_t, "x_s": rollout.x_s, "log_prob_sampled": rollout.log_prob, "x_0": rollout.x_0}
-    out["advantages"] = pave.group_advantages(given["rewards"], setting["ddof"], setting["eps"], setting["clamp"])
+    sample = (
+        pave.rollout_shared_anchor
+        if setting["rollouts"] == "shared_anchor"
+        else pave.rollout_independent
+    )
+    rollout = sample(
+        recorded(old, "call"),
+        process,
+        pave.Noise(given["noise_start"], given["noise_steps"]),
+        setting["sde_steps"],
+    )
+    out |= {
+        "x_t": rollout.x_t,
+        "x_s": rollout.x_s,
+        "log_prob_sampled": rollout.log_prob,
+        "x_0": rollout.x_0,
+    }
+    out["advantages"] = pave.group_advantages(
+        given["rewards"], setting["ddof"], setting["eps"], setting["clamp"]
+    )
     options = {name: setting[name] for name in ("factors", "form", "clip", "reduction")}
     if setting["kl"]:
         options |= {"kl": setting["kl"], "reference": old}
     first = pave.policy_loss(recorded(old, "score_old"), rollout, out["advantages"], **options).old
-    result = pave.policy_loss(recorded(new, "score_new"), rollout, out["advantages"], old=first, **options)
+    result = pave.policy_loss(
+        recorded(new, "score_new"), rollout, out["advantages"], old=first, **options
+    )
     t, s = (process.grid[[i + j for i in setting["sde_steps"]]] for j in (0, 1))
     for k, p in pave.rescore(new, rollout, setting["factors"]).items():
         a, b, std = process.coefficients(s + (t - s) / k if k > 1 else t, s)
-        scored = pave.Transition(first.means[1] + p.mean - first.means[k], pave.rescore(new, rollout, ())[1].std) \
-            if setting["form"] == "matched" else p
+        scored = (
+            pave.Transition(
+                first.means[1] + p.mean - first.means[k], pave.rescore(new, rollout, ())[1].std
+            )
+            if setting["form"] == "matched"
+            else p
+        )
         log_prob = scored.log_prob(rollout.x_s, setting["reduction"])
-        out |= {f"a_{k}": a, f"b_{k}": b, f"std_{k}": std, f"mean_{k}": p.mean, f"mean_old_{k}": first.means[k],
-                f"log_prob_{k}": log_prob, f"log_prob_old_{k}": first.log_probs[k],
-                f"ratio_{k}": (log_prob - first.log_probs[k]).exp()}
+        out |= {
+            f"a_{k}": a,
+            f"b_{k}": b,
+            f"std_{k}": std,
+            f"mean_{k}": p.mean,
+            f"mean_old_{k}": first.means[k],
+            f"log_prob_{k}": log_prob,
+            f"log_prob_old_{k}": first.log_probs[k],
+            f"ratio_{k}": (log_prob - first.log_probs[k]).exp(),
+        }
     out["loss"] = result.loss
     out["grad_m"], out["grad_log_q"] = torch.autograd.grad(result.loss, [new.m, new.log_q])
     return {name: value.detach().clone().contiguous() for name, value in out.items()}
@@ -135,13 +203,21 @@ def write(folder: str | Path) -> None:
         given = inputs_of(name, setting)
         values = given | compute(setting, given)
         tensors |= {f"{name}/{key}": value for key, value in values.items()}
-        cases[name] = {**setting, "tensors": {key: list(value.shape) for key, value in values.items()}}
+        cases[name] = {
+            **setting,
+            "tensors": {key: list(value.shape) for key, value in values.items()},
+        }
     save_file(tensors, folder / "vectors.safetensors")
-    described = {"version": VERSION, "documentation": __doc__, "field": fields.gaussian_velocity.__doc__,
-                 "made_with": {"torch": torch.__version__},
-                 "tolerance": TOLERANCE,
-                 "sha256": hashlib.sha256((folder / "vectors.safetensors").read_bytes()).hexdigest(), "cases": cases,
-                 "refused": REFUSED}
+    described = {
+        "version": VERSION,
+        "documentation": __doc__,
+        "field": fields.gaussian_velocity.__doc__,
+        "made_with": {"torch": torch.__version__},
+        "tolerance": TOLERANCE,
+        "sha256": hashlib.sha256((folder / "vectors.safetensors").read_bytes()).hexdigest(),
+        "cases": cases,
+        "refused": REFUSED,
+    }
     (folder / "vectors.json").write_text(json.dumps(described, indent=1) + "\n")
 
 
@@ -154,14 +230,26 @@ def check(folder: str | Path) -> list[str]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--check-vectors {folder}: holds no vectors ({error})") from None
     if described.get("version") != VERSION:
-        raise ValueError(f"--check-vectors {folder}: version {described.get('version')}; must be {VERSION}")
-    wrong = [] if hashlib.sha256(raw).hexdigest() == described["sha256"] else ["vectors.safetensors: SHA-256 differs"]
+        raise ValueError(
+            f"--check-vectors {folder}: version {described.get('version')}; must be {VERSION}"
+        )
+    wrong = (
+        []
+        if hashlib.sha256(raw).hexdigest() == described["sha256"]
+        else ["vectors.safetensors: SHA-256 differs"]
+    )
     try:
         tensors = load_file(folder / "vectors.safetensors")
     except SafetensorError as error:
-        raise ValueError(f"--check-vectors {folder}: vectors.safetensors cannot be read ({error})") from None
+        raise ValueError(
+            f"--check-vectors {folder}: vectors.safetensors cannot be read ({error})"
+        ) from None
     for name, setting in described["cases"].items():
-        stored = {key: tensors[f"{name}/{key}"] for key in setting["tensors"] if f"{name}/{key}" in tensors}
+        stored = {
+            key: tensors[f"{name}/{key}"]
+            for key in setting["tensors"]
+            if f"{name}/{key}" in tensors
+        }
         if missing := set(INPUTS) - set(stored):
             wrong.append(f"{name}: inputs missing: {', '.join(sorted(missing))}")
             continue
@@ -170,15 +258,21 @@ def check(folder: str | Path) -> list[str]:
             if key not in stored or key not in again:
                 wrong.append(f"{name}/{key}: {'missing' if key in again else 'unknown'}")
             elif stored[key].shape != again[key].shape or stored[key].dtype != again[key].dtype:
-                wrong.append(f"{name}/{key}: {list(stored[key].shape)} {stored[key].dtype}, not "
-                             f"{list(again[key].shape)}")
+                wrong.append(
+                    f"{name}/{key}: {list(stored[key].shape)} {stored[key].dtype}, not "
+                    f"{list(again[key].shape)}"
+                )
             else:
                 error = (stored[key] - again[key]).abs().max().item()
-                if not error <= TOLERANCE * max(1.0, again[key].abs().max().item()):  # NaN is wrong too
+                if not error <= TOLERANCE * max(
+                    1.0, again[key].abs().max().item()
+                ):  # NaN is wrong too
                     wrong.append(f"{name}/{key}: off by {error:.3g}")
     for case in described["refused"]:
         try:
-            pave.Process(case["grid"], case["kernel"], case["eta"]).stochastic_steps(case["sde_steps"])
+            pave.Process(case["grid"], case["kernel"], case["eta"]).stochastic_steps(
+                case["sde_steps"]
+            )
             wrong.append(f"accepted what must be refused: {case}")
         except ValueError:
             continue

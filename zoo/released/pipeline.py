@@ -39,8 +39,10 @@ from transformers.utils import logging as transformers_logging
 
 from pave_grpo import Velocity
 
-FAMILIES = {"StableDiffusion3Pipeline": (StableDiffusion3Pipeline, SD3Transformer2DModel),
-            "FluxPipeline": (FluxPipeline, FluxTransformer2DModel)}
+FAMILIES = {
+    "StableDiffusion3Pipeline": (StableDiffusion3Pipeline, SD3Transformer2DModel),
+    "FluxPipeline": (FluxPipeline, FluxTransformer2DModel),
+}
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -82,22 +84,33 @@ def readable(path: str, read: Callable, bars: bool = False):
             return read()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model {path!r}: cannot be loaded ({said}); must be a diffusers pipeline's folder or hub "
-                         f"id") from error
+        raise ValueError(
+            f"model {path!r}: cannot be loaded ({said}); must be a diffusers pipeline's folder or hub "
+            f"id"
+        ) from error
 
 
 def family_of(path: str, revision: str | None = None) -> str:
     """The `_class_name` in model_index.json of a folder or hub id. Raises ValueError where it is none of FAMILIES."""
     if Path(path).is_file() or (revision and Path(path).exists()):
-        raise ValueError(f"model {path!r}, revision {revision!r}: must be a folder, without a revision, or a hub id")
-    name = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision)).get("_class_name")
+        raise ValueError(
+            f"model {path!r}, revision {revision!r}: must be a folder, without a revision, or a hub id"
+        )
+    name = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision)).get(
+        "_class_name"
+    )
     if name not in FAMILIES:
         raise ValueError(f"model {path!r} is a {name}; must be one of {', '.join(FAMILIES)}")
     return name
 
 
-def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
-         master: torch.dtype | None = None, bars: bool = True) -> Flow:
+def load(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    master: torch.dtype | None = None,
+    bars: bool = True,
+) -> Flow:
     """The pipeline of a folder or hub id as a Flow, in evaluation mode, frozen, on the CPU.
 
     dtype is what everything computes in; master (default: the same) what the transformer's weights are kept in; bars
@@ -106,10 +119,22 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
     """
     family_of(path, revision)
     parts = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision))
-    absent = {name: None for name, part in parts.items() if isinstance(part, list | tuple) and part[0] is None}
-    dtypes = {"transformer": master or dtype, "default": dtype}  # absent: an SD3 without T5 must be told so
-    pipe = readable(path, lambda: DiffusionPipeline.from_pretrained(path, dtype=dtypes, revision=revision,
-                                                                    use_safetensors=True, **absent), bars)
+    absent = {
+        name: None
+        for name, part in parts.items()
+        if isinstance(part, list | tuple) and part[0] is None
+    }
+    dtypes = {
+        "transformer": master or dtype,
+        "default": dtype,
+    }  # absent: an SD3 without T5 must be told so
+    pipe = readable(
+        path,
+        lambda: DiffusionPipeline.from_pretrained(
+            path, dtype=dtypes, revision=revision, use_safetensors=True, **absent
+        ),
+        bars,
+    )
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.eval().requires_grad_(False)
@@ -127,8 +152,15 @@ def outline(path: str, revision: str | None = None) -> Flow:
 
     with torch.device("meta"):
         network, vae = bare(transformer, "transformer").eval(), bare(AutoencoderKL, "vae")
-    scheduler = readable(path, lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(subfolder="scheduler", **where))
-    texts = (*ENCODERS, *TOKENIZERS) if pipeline is StableDiffusion3Pipeline else (*ENCODERS[:2], *TOKENIZERS[:2])
+    scheduler = readable(
+        path,
+        lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(subfolder="scheduler", **where),
+    )
+    texts = (
+        (*ENCODERS, *TOKENIZERS)
+        if pipeline is StableDiffusion3Pipeline
+        else (*ENCODERS[:2], *TOKENIZERS[:2])
+    )
     return Flow(pipeline(transformer=network, vae=vae, scheduler=scheduler, **dict.fromkeys(texts)))
 
 
@@ -159,8 +191,14 @@ class Flow:
         most = unit * (self.transformer.config.get("pos_embed_max_size") or 10**6)
         if min(height, width) <= 0 or height % unit or width % unit or max(height, width) > most:
             up_to = f" up to {most}" if most < 10**6 else ""
-            raise ValueError(f"size {height} x {width}: both must be positive multiples of {unit}{up_to}")
-        h, w, channels = height // reduction, width // reduction, self.transformer.config.in_channels
+            raise ValueError(
+                f"size {height} x {width}: both must be positive multiples of {unit}{up_to}"
+            )
+        h, w, channels = (
+            height // reduction,
+            width // reduction,
+            self.transformer.config.in_channels,
+        )
         return (h * w // 4, channels) if self.is_flux else (channels, h, w)
 
     @quiet()
@@ -168,29 +206,43 @@ class Flow:
     def encode(self, prompts: Sequence[str], batch: int = 8, bars: bool = False) -> Texts:
         """Texts of the prompts on the CPU, `batch` at a time. Encode once, then `drop_encoders`."""
         parts, device = [], self.pipe.text_encoder.device
-        for start in tqdm(range(0, len(prompts), batch), "encoding prompts", leave=False, disable=not bars):
+        for start in tqdm(
+            range(0, len(prompts), batch), "encoding prompts", leave=False, disable=not bars
+        ):
             some = list(prompts[start : start + batch])
             if self.is_flux:
                 tokens, pooled, _ = self.pipe.encode_prompt(some, None, device=device)
             else:
-                tokens, _, pooled, _ = self.pipe.encode_prompt(some, None, None, device=device,
-                                                               do_classifier_free_guidance=False)
+                tokens, _, pooled, _ = self.pipe.encode_prompt(
+                    some, None, None, device=device, do_classifier_free_guidance=False
+                )
             parts.append((tokens.cpu(), pooled.cpu()))
         return Texts(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     @quiet()
     def cut_off(self, prompts: Sequence[str]) -> list[str]:
         """A line for every prompt of which a text encoder reads the beginning only."""
-        limits = {id(z): z.model_max_length for z in (getattr(self.pipe, name, None) for name in TOKENIZERS) if z}
+        limits = {
+            id(z): z.model_max_length
+            for z in (getattr(self.pipe, name, None) for name in TOKENIZERS)
+            if z
+        }
         t5 = self.pipe.tokenizer_2 if self.is_flux else self.pipe.tokenizer_3
         if t5 is not None:
             limits[id(t5)] = 512 if self.is_flux else 256  # what encode_prompt asks of it
         lines = []
         for tokenizer in (getattr(self.pipe, name, None) for name in TOKENIZERS):
-            counts = [len(z) for z in tokenizer(list(prompts)).input_ids] if tokenizer and prompts else []
-            lines += [f"prompt {textwrap.shorten(prompt, 60)!r} has {n} tokens, of which {type(tokenizer).__name__} "
-                      f"reads {limits[id(tokenizer)]}" for prompt, n in zip(prompts, counts)
-                      if n > limits[id(tokenizer)]]
+            counts = (
+                [len(z) for z in tokenizer(list(prompts)).input_ids]
+                if tokenizer and prompts
+                else []
+            )
+            lines += [
+                f"prompt {textwrap.shorten(prompt, 60)!r} has {n} tokens, of which {type(tokenizer).__name__} "
+                f"reads {limits[id(tokenizer)]}"
+                for prompt, n in zip(prompts, counts)
+                if n > limits[id(tokenizer)]
+            ]
         return list(dict.fromkeys(lines))
 
     def move_encoders(self, device: torch.device) -> None:
@@ -212,11 +264,17 @@ class Flow:
         if config.get("use_dynamic_shifting") or self.is_flux:
             patch = 1 if self.is_flux else self.transformer.config.patch_size
             tokens = shape[0] if self.is_flux else (shape[1] // patch) * (shape[2] // patch)
-            options["mu"] = calculate_shift(tokens, config.get("base_image_seq_len", 256),
-                                            config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5),
-                                            config.get("max_shift", 1.15 if self.is_flux else 1.16))
+            options["mu"] = calculate_shift(
+                tokens,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15 if self.is_flux else 1.16),
+            )
         if self.is_flux and not config.get("use_flow_sigmas"):
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).double().numpy(), **options)
+            scheduler.set_timesteps(
+                sigmas=torch.linspace(1, 1 / steps, steps).double().numpy(), **options
+            )
         else:
             scheduler.set_timesteps(steps, **options)
         return scheduler.sigmas.double()
@@ -230,12 +288,25 @@ class Flow:
         embeds = self.is_flux and bool(self.transformer.config.guidance_embeds)
         fits = (guidance > 0) == embeds if self.is_flux else guidance >= 1 or guidance == 0
         if not (fits and 0 <= guidance < float("inf")):
-            takes = "above 0: this FLUX model takes guidance" if embeds else "0: this FLUX model has no guidance input"
-            raise ValueError(f"guidance={guidance}: must be {takes if self.is_flux else 'above 1, or 0 for none'}")
+            takes = (
+                "above 0: this FLUX model takes guidance"
+                if embeds
+                else "0: this FLUX model has no guidance input"
+            )
+            raise ValueError(
+                f"guidance={guidance}: must be {takes if self.is_flux else 'above 1, or 0 for none'}"
+            )
         return not self.is_flux and guidance > 1
 
-    def velocity(self, texts: Texts, height: int, width: int, guidance: float, empty: Texts | None = None,
-                 network: nn.Module | None = None) -> Velocity:
+    def velocity(
+        self,
+        texts: Texts,
+        height: int,
+        width: int,
+        guidance: float,
+        empty: Texts | None = None,
+        network: nn.Module | None = None,
+    ) -> Velocity:
         """v(x, t, c) of latents x in float32, rows of prompts texts[c]; the network computes in `dtype`.
 
         guidance       SD3: v = v_empty + guidance (v_text - v_empty) where above 1, in one batch of both halves; FLUX:
@@ -247,7 +318,9 @@ class Flow:
         network, config, dtype = network or self.transformer, self.transformer.config, self.dtype
         split = self.splits(guidance)
         if split != (empty is not None):
-            raise ValueError(f"guidance={guidance}: the negative prompt must be given exactly for SD3 above 1")
+            raise ValueError(
+                f"guidance={guidance}: the negative prompt must be given exactly for SD3 above 1"
+            )
         self.shape(height, width)
         rows = height // self.pipe.vae_scale_factor // 2, width // self.pipe.vae_scale_factor // 2
 
@@ -262,11 +335,19 @@ class Flow:
             tokens, pooled = (told(part, c, x) for part in texts)
             if split:
                 nothing = torch.zeros_like(c)
-                tokens, pooled = (torch.cat([told(e, nothing, x), part]) for e, part in zip(empty, (tokens, pooled)))
+                tokens, pooled = (
+                    torch.cat([told(e, nothing, x), part])
+                    for e, part in zip(empty, (tokens, pooled))
+                )
                 x, t = x.repeat(2, 1, 1, 1), t.repeat(2)
             with casting(x):
-                v = network(hidden_states=x.to(dtype), timestep=1000 * t, encoder_hidden_states=tokens,
-                            pooled_projections=pooled, return_dict=False)[0].float()
+                v = network(
+                    hidden_states=x.to(dtype),
+                    timestep=1000 * t,
+                    encoder_hidden_states=tokens,
+                    pooled_projections=pooled,
+                    return_dict=False,
+                )[0].float()
             if split:
                 without, with_text = v.chunk(2)
                 v = without + guidance * (with_text - without)
@@ -279,11 +360,20 @@ class Flow:
             y, z = torch.meshgrid(*at, indexing="ij")
             places = torch.stack([torch.zeros_like(y), y, z], -1).flatten(0, 1).to(dtype)
             words = torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype)
-            how = torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
+            how = (
+                torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
+            )
             with casting(x):
-                return network(hidden_states=x.to(dtype), timestep=t, guidance=how, pooled_projections=pooled,
-                               encoder_hidden_states=tokens, txt_ids=words, img_ids=places,
-                               return_dict=False)[0].float()
+                return network(
+                    hidden_states=x.to(dtype),
+                    timestep=t,
+                    guidance=how,
+                    pooled_projections=pooled,
+                    encoder_hidden_states=tokens,
+                    txt_ids=words,
+                    img_ids=places,
+                    return_dict=False,
+                )[0].float()
 
         return flux if self.is_flux else sd3
 

@@ -37,21 +37,62 @@ from transformers import (
     T5TokenizerFast,
 )
 
-TINY_SD3 = {"sample_size": 32, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2,
-            "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
-            "joint_attention_dim": 64, "pooled_projection_dim": 64, "pos_embed_max_size": 48}
-REAL_SD3 = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-            "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536,
-            "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
-TINY_FLUX = {"patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-             "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
-             "axes_dims_rope": (4, 6, 6)}
-REAL_FLUX = {"patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-             "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
-             "axes_dims_rope": (16, 56, 56)}
+TINY_SD3 = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 48,
+}
+REAL_SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+TINY_FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+REAL_FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}
 TINY_VAE = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-REAL_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
+REAL_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
 
 
 # ---- Words -----------------------------------------------------------------------------------------------------
@@ -62,33 +103,64 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     byte = [chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 256)]]
     byte += [chr(256 + n) for n in range(256 - len(byte))]
     merges = ["r e", "re d</w>", "c i", "s q"]
-    tokens = [*byte, *(b + "</w>" for b in byte), *(m.replace(" ", "") for m in merges), "<|startoftext|>",
-              "<|endoftext|>"]
+    tokens = [
+        *byte,
+        *(b + "</w>" for b in byte),
+        *(m.replace(" ", "") for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
 
 
 def t5_tokenizer() -> T5TokenizerFast:
     """Single characters."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((c, -2.0) for c in "▁abcdefghijklmnopqrstuvwxyz ")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -10.0),
+        *((c, -2.0) for c in "▁abcdefghijklmnopqrstuvwxyz "),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-                           extra_ids=0, model_max_length=32)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return T5TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_ids=0,
+        model_max_length=32,
+    )
 
 
 def clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=37, num_hidden_layers=2,
-                          num_attention_heads=4, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def t5_of(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, d_ff=37, d_kv=8, num_heads=4,
-                                   num_layers=2))
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=width, d_ff=37, d_kv=8, num_heads=4, num_layers=2
+        )
+    )
 
 
 # ---- Pipelines ---------------------------------------------------------------------------------------------------
@@ -97,9 +169,16 @@ def t5_of(tokenizer: T5TokenizerFast, width: int) -> T5EncoderModel:
 def autoencoder(sizes: dict, scaling: float, shift: float) -> AutoencoderKL:
     """An AutoencoderKL to 16 channels; latents are (z - shift) * scaling of what it encodes."""
     n = len(sizes["block_out_channels"])
-    return AutoencoderKL(latent_channels=16, down_block_types=("DownEncoderBlock2D",) * n,
-                         up_block_types=("UpDecoderBlock2D",) * n, use_quant_conv=False, use_post_quant_conv=False,
-                         scaling_factor=scaling, shift_factor=shift, **sizes)
+    return AutoencoderKL(
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scaling,
+        shift_factor=shift,
+        **sizes,
+    )
 
 
 def transformer(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
@@ -126,7 +205,9 @@ def saved(pipe: DiffusionPipeline, folder: Path) -> Path:
 
 def sd3(folder: Path, real: bool = False) -> Path:
     """A StableDiffusion3Pipeline in folder/sd3: 0.8 MB, or of the size of SD3.5 Medium."""
-    config, dtype, widths = (REAL_SD3, torch.bfloat16, (768, 1280)) if real else (TINY_SD3, torch.float32, (32, 32))
+    config, dtype, widths = (
+        (REAL_SD3, torch.bfloat16, (768, 1280)) if real else (TINY_SD3, torch.float32, (32, 32))
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip, words = clip_tokenizer(folder / "words"), t5_tokenizer()
@@ -134,10 +215,20 @@ def sd3(folder: Path, real: bool = False) -> Path:
         vae = autoencoder(REAL_VAE if real else TINY_VAE, 1.5305, 0.0609)
         first, second = (CLIPTextModelWithProjection(clip_config(clip, width)) for width in widths)
         t5 = t5_of(words, config["joint_attention_dim"])
-    return saved(StableDiffusion3Pipeline(
-        transformer=network, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae.to(dtype),
-        text_encoder=first.to(dtype), tokenizer=clip, text_encoder_2=second.to(dtype), tokenizer_2=clip,
-        text_encoder_3=t5.to(dtype), tokenizer_3=words), folder / "sd3")
+    return saved(
+        StableDiffusion3Pipeline(
+            transformer=network,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae.to(dtype),
+            text_encoder=first.to(dtype),
+            tokenizer=clip,
+            text_encoder_2=second.to(dtype),
+            tokenizer_2=clip,
+            text_encoder_3=t5.to(dtype),
+            tokenizer_3=words,
+        ),
+        folder / "sd3",
+    )
 
 
 def flux(folder: Path, guidance_embeds: bool = True, real: bool = False) -> Path:
@@ -146,22 +237,37 @@ def flux(folder: Path, guidance_embeds: bool = True, real: bool = False) -> Path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         clip, words = clip_tokenizer(folder / "words"), t5_tokenizer()
-        network = transformer(FluxTransformer2DModel, {**config, "guidance_embeds": guidance_embeds}, dtype)
+        network = transformer(
+            FluxTransformer2DModel, {**config, "guidance_embeds": guidance_embeds}, dtype
+        )
         vae = autoencoder(REAL_VAE if real else TINY_VAE, 0.3611, 0.1159)
         encoder = CLIPTextModel(clip_config(clip, config["pooled_projection_dim"]))
         t5 = t5_of(words, config["joint_attention_dim"])
-    return saved(FluxPipeline(
-        transformer=network, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
-        vae=vae.to(dtype), text_encoder=encoder.to(dtype), tokenizer=clip, text_encoder_2=t5.to(dtype),
-        tokenizer_2=words), folder / "flux")
+    return saved(
+        FluxPipeline(
+            transformer=network,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
+            vae=vae.to(dtype),
+            text_encoder=encoder.to(dtype),
+            tokenizer=clip,
+            text_encoder_2=t5.to(dtype),
+            tokenizer_2=words,
+        ),
+        folder / "flux",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write a pipeline where the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m zoo.released.random_pipelines", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m zoo.released.random_pipelines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("family", choices=("sd3", "flux"))
-    parser.add_argument("folder", type=Path, help="new or empty; the pipeline is FOLDER/sd3 or FOLDER/flux")
+    parser.add_argument(
+        "folder", type=Path, help="new or empty; the pipeline is FOLDER/sd3 or FOLDER/flux"
+    )
     parser.add_argument("--real", action="store_true", help="of the released sizes")
     o = parser.parse_args(argv)
     if o.folder.exists() and (not o.folder.is_dir() or any(o.folder.iterdir())):

@@ -26,14 +26,30 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 CLIP, PICKSCORE, HPSV2 = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1", "xswu/HPSv2"
 HPS_FILE = "HPS_v2.1_compressed.pt"
 WORDS = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the tokenizer of PickScore and HPSv2, where none lies beside them
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's pictures
 VIT_H_14 = {  # HPSv2.1 and PickScore: ViT-H/14 at 224
     "projection_dim": 1024,
-    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                    "projection_dim": 1024, "hidden_act": "gelu"},
-    "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-                      "num_attention_heads": 16,
-                      "projection_dim": 1024, "hidden_act": "gelu", "patch_size": 14, "image_size": 224},
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+        "patch_size": 14,
+        "image_size": 224,
+    },
 }
 
 
@@ -44,12 +60,16 @@ def resized(images: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, [B, 3, height, width], as PIL does it: width, then height, each rounded to 1/255."""
     for size in ((images.shape[2], width), (height, width)):
         if size != tuple(images.shape[2:]):
-            images = interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = interpolate(
+                images, size, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
             images = (255 * images).round() / 255
     return images
 
 
-def shortest_side(images: Tensor, side: int, half: Callable[[int], int] = lambda d: d // 2) -> Tensor:
+def shortest_side(
+    images: Tensor, side: int, half: Callable[[int], int] = lambda d: d // 2
+) -> Tensor:
     """Resized so that the shorter side is `side`, then the centre square: [B, 3, side, side], as CLIP's processor.
 
     half says where the square begins, d being what is left over: processors differ where d is odd.
@@ -76,7 +96,9 @@ def longest_side(images: Tensor, side: int) -> Tensor:
 class DualEncoder:
     """cosine(image features, text features), times exp(logit_scale) if `scaled`."""
 
-    def __init__(self, model: CLIPModel, tokenizer, prepare: Callable[[Tensor, int], Tensor], scaled: bool):
+    def __init__(
+        self, model: CLIPModel, tokenizer, prepare: Callable[[Tensor, int], Tensor], scaled: bool
+    ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.prepare, self.scaled = tokenizer, prepare, scaled
 
@@ -84,14 +106,23 @@ class DualEncoder:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores float32 [B]. Raises ValueError for a shape that is not the contract's."""
         if images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
-            raise ValueError(f"images of shape {tuple(images.shape)} and {len(prompts)} prompts: must be [B, 3, H, "
-                             f"W], B prompts")
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} and {len(prompts)} prompts: must be [B, 3, H, "
+                f"W], B prompts"
+            )
         weight = self.model.logit_scale
         pixels = self.prepare(images.to(weight.device), self.model.config.vision_config.image_size)
         mean, std = (torch.tensor(z, device=weight.device).view(3, 1, 1) for z in (MEAN, STD))
-        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                               max_length=self.model.config.text_config.max_position_embeddings).to(weight.device)
-        image = self.model.get_image_features(pixel_values=((pixels - mean) / std).to(weight.dtype)).pooler_output
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.model.config.text_config.max_position_embeddings,
+        ).to(weight.device)
+        image = self.model.get_image_features(
+            pixel_values=((pixels - mean) / std).to(weight.dtype)
+        ).pooler_output
         text = self.model.get_text_features(**words).pooler_output
         score = torch.cosine_similarity(image.float(), text.float(), dim=-1)
         return score * weight.float().exp() if self.scaled else score
@@ -104,14 +135,18 @@ class DualEncoder:
 
 def shared_tokenizer(folder: str | Path):
     """The tokenizer in a local folder, if there is one; else the one that PickScore and HPSv2 share."""
-    return AutoTokenizer.from_pretrained(str(folder) if (Path(folder) / "tokenizer_config.json").is_file() else WORDS)
+    return AutoTokenizer.from_pretrained(
+        str(folder) if (Path(folder) / "tokenizer_config.json").is_file() else WORDS
+    )
 
 
 def clip(place: str = "", revision: str | None = None) -> DualEncoder:
     """CLIP and its tokenizer from a folder or hub id, safetensors only."""
     place = place or CLIP
     model = CLIPModel.from_pretrained(place, revision=revision, use_safetensors=True)
-    return DualEncoder(model, AutoTokenizer.from_pretrained(place, revision=revision), shortest_side, scaled=True)
+    return DualEncoder(
+        model, AutoTokenizer.from_pretrained(place, revision=revision), shortest_side, scaled=True
+    )
 
 
 def pickscore(place: str = "", revision: str | None = None) -> DualEncoder:
@@ -148,19 +183,29 @@ def state_dict(path: str) -> dict[str, Tensor]:
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """An open_clip ViT state dict under CLIPModel's names. Raises ValueError for a name that is none of its."""
     top = {
-        "logit_scale": "logit_scale", "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "logit_scale": "logit_scale",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "text_projection": "text_projection.weight", "ln_final.weight": "text_model.final_layer_norm.weight",
-        "ln_final.bias": "text_model.final_layer_norm.bias", "visual.proj": "visual_projection.weight",
+        "text_projection": "text_projection.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "visual.proj": "visual_projection.weight",
         "visual.class_embedding": "vision_model.embeddings.class_embedding",
         "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        **{f"visual.{a}.{z}": f"vision_model.{b}.{z}" for z in ("weight", "bias")
-           for a, b in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))},
+        **{
+            f"visual.{a}.{z}": f"vision_model.{b}.{z}"
+            for z in ("weight", "bias")
+            for a, b in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
+        },
     }
-    inside = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-              "mlp.c_fc": "mlp.fc1",
-              "mlp.c_proj": "mlp.fc2"}
+    inside = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     out = {}
     for name, w in weights.items():
         if name == "attn_mask":
@@ -174,7 +219,9 @@ def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         module, _, kind = part.rpartition(".")
         if part in ("attn.in_proj_weight", "attn.in_proj_bias"):
             for letter, third in zip("qkv", w.chunk(3), strict=True):
-                out[f"{prefix}self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = third.contiguous()
+                out[f"{prefix}self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = (
+                    third.contiguous()
+                )
         elif tower in ("", "visual.") and layer.isdigit() and module in inside:
             out[f"{prefix}{inside[module]}.{kind}"] = w
         else:

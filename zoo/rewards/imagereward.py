@@ -25,12 +25,28 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from zoo.rewards.dual_encoders import MEAN, STD, shortest_side, state_dict
 
 HUB, FILE, WORDS = "THUDM/ImageReward", "ImageReward.pt", "google-bert/bert-base-uncased"
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-          "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "vocab_size": 30524, "encoder_hidden_size": 1024}
+VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30524,
+    "encoder_hidden_size": 1024,
+}
 LONGEST = 35  # words
-SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the released model's raw scores
+SCORE_MEAN, SCORE_STD = (
+    0.16717362830052426,
+    1.0333394966054072,
+)  # of the released model's raw scores
 
 
 class ImageReward(nn.Module):
@@ -52,10 +68,19 @@ class ImageReward(nn.Module):
         corner = lambda d: round(d / 2)  # torchvision's; CLIP's processor rounds down
         pixels = shortest_side(images.to(device), self.vision.config.image_size, corner)
         seen = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state
-        words = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=LONGEST,
-                               return_tensors="pt").to(device)
-        read = self.text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen,
-                         encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device))
+        words = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=LONGEST,
+            return_tensors="pt",
+        ).to(device)
+        read = self.text(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
+        )
         return (self.mlp(read.last_hidden_state[:, 0])[:, 0] - SCORE_MEAN) / SCORE_STD
 
 
@@ -65,7 +90,10 @@ def imagereward(place: str = "", revision: str | None = None) -> ImageReward:
     file = file / FILE if file.is_dir() else file
     if not file.exists() and not file.is_absolute():
         file = Path(hf_hub_download(str(place or HUB), FILE, revision=revision))
-    weights, own = from_released(state_dict(str(file))), (file.parent / "tokenizer_config.json").is_file()
+    weights, own = (
+        from_released(state_dict(str(file))),
+        (file.parent / "tokenizer_config.json").is_file(),
+    )
     model = ImageReward(AutoTokenizer.from_pretrained(str(file.parent) if own else WORDS))
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
@@ -73,15 +101,27 @@ def imagereward(place: str = "", revision: str | None = None) -> ImageReward:
 
 def from_released(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released state dict under this class's names. Raises ValueError for a name that is none of its."""
-    top = {"cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
-           "patch_embed.proj": "embeddings.patch_embedding", "norm": "post_layernorm"}
-    inside = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv",
-              "attn.proj": "self_attn.projection", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    top = {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "norm": "post_layernorm",
+    }
+    inside = {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.qkv": "self_attn.qkv",
+        "attn.proj": "self_attn.projection",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
     linear = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}  # between them, dropouts
     out = {}
     for name, w in weights.items():
         module, _, kind = name.rpartition(".")
-        if name.startswith(("blip.vision_proj.", "blip.text_proj.")) or name.endswith(".position_ids"):
+        if name.startswith(("blip.vision_proj.", "blip.text_proj.")) or name.endswith(
+            ".position_ids"
+        ):
             continue  # of pretraining; a buffer of older files
         part = module.removeprefix("blip.visual_encoder.")
         layer, _, rest = part.removeprefix("blocks.").partition(".")

@@ -27,7 +27,9 @@ from zoo.shapes import world as shapes
 PROMPTS, MEMBERS, STEPS = 8, 12, 8
 
 
-def batch_gradient(model, process: pave.Process, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+def batch_gradient(
+    model, process: pave.Process, step: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     """The gradient of one batch's loss (S = {2, 3}, paper form, shared anchors), by part of the network."""
     chosen = torch.randint(len(shapes.TRAIN_PROMPTS), (PROMPTS,), generator=generator).tolist()
     prompts = [shapes.TRAIN_PROMPTS[i] for i in chosen]
@@ -56,16 +58,31 @@ def signal(gradients: Tensor) -> tuple[float, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser("python -m zoo.shapes.gradient_signal", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", choices=tuple(pave.KERNELS), default="flow_sde", help="default: %(default)s")
-    parser.add_argument("--batches", type=int, default=30, help="independent batches, 2 or more (default: %(default)s)")
-    parser.add_argument("--sde-steps", type=int, nargs="+", default=[0, 1, 2, 3], help="of 8 (default: 0 1 2 3)")
+    parser = argparse.ArgumentParser(
+        "python -m zoo.shapes.gradient_signal",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--kernel", choices=tuple(pave.KERNELS), default="flow_sde", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=30,
+        help="independent batches, 2 or more (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sde-steps", type=int, nargs="+", default=[0, 1, 2, 3], help="of 8 (default: 0 1 2 3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
     o = parser.parse_args()
     process = pave.Process(pave.schedule(STEPS), o.kernel, 0.7)
     if o.batches < 2 or o.seed < 0:
-        parser.exit(2, f"zoo.shapes.gradient_signal: error: --batches {o.batches} --seed {o.seed}: must be >= 2, and >= 0\n")
+        parser.exit(
+            2,
+            f"zoo.shapes.gradient_signal: error: --batches {o.batches} --seed {o.seed}: must be >= 2, and >= 0\n",
+        )
     try:
         process.stochastic_steps(o.sde_steps)
     except ValueError as problem:
@@ -74,11 +91,16 @@ def main() -> None:
     print("signal (norm) by part of the network; * at pixel resolution")
     for step in o.sde_steps:
         generator = torch.Generator().manual_seed(o.seed)
-        drawn = [batch_gradient(model, process, step, generator) for _ in tqdm(range(o.batches), leave=False)]
+        drawn = [
+            batch_gradient(model, process, step, generator)
+            for _ in tqdm(range(o.batches), leave=False)
+        ]
         shown = []
         for name in drawn[0]:
             share, norm = signal(torch.stack([g[name] for g in drawn]))
-            shown.append(f"{name}{'*' * (name in shapes_model.PIXEL_LAYERS)} {share:.3f} ({norm:.1e})")
+            shown.append(
+                f"{name}{'*' * (name in shapes_model.PIXEL_LAYERS)} {share:.3f} ({norm:.1e})"
+            )
         t, s = process.grid[step : step + 2].tolist()
         print(f"step {step}, t = {t:g} -> {s:g}:  " + "  ".join(shown), flush=True)
 

@@ -38,8 +38,10 @@ WARMUP = 100
 # decided above 0.8, where the usual sigmoid(n) would put 8 % of the times. These put half of them there.
 MIDDLE, SPREAD = 1.4, 1.2
 
-FAMILIES = {family: [p for p in shapes.PROMPTS if shapes.parse(p).family == family]
-            for family in ("count", "conjunction", "relation")}
+FAMILIES = {
+    family: [p for p in shapes.PROMPTS if shapes.parse(p).family == family]
+    for family in ("count", "conjunction", "relation")
+}
 
 
 def option(default: object, text: str):
@@ -55,23 +57,34 @@ class Options:
     batch: int = option(64, "pictures per step")
     lr: float = option(2e-3, "peak learning rate, of both optimisers")
     ema: float = option(0.998, "decay per step of the running mean of the weights")
-    drop: float = option(0.0, "share of prompts replaced by the empty one; above zero to make guidance possible")
+    drop: float = option(
+        0.0, "share of prompts replaced by the empty one; above zero to make guidance possible"
+    )
     seed: int = option(0, "seed of weights, pictures, times and noise")
     threads: int = option(2, "CPU threads")
     validate_every: int = option(200, "steps between validations")
     pairs: int = option(256, "pictures per validation")
     out: str = option(str(CHECKPOINT), "checkpoint to write")
-    figure: str = option(str(CHECKPOINT.parents[1] / "docs" / "pretraining.png"), "learning curve to write")
+    figure: str = option(
+        str(CHECKPOINT.parents[1] / "docs" / "pretraining.png"), "learning curve to write"
+    )
     dry_run: bool = option(False, "one step and one validation, write nothing")
 
     @classmethod
     def from_command_line(cls) -> "Options":
         """The options of sys.argv. Bad input: one line, status 2."""
-        parser = argparse.ArgumentParser("python -m zoo.shapes.pretrain", description=__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            "python -m zoo.shapes.pretrain",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.error = lambda message: parser.exit(2, f"zoo.shapes.pretrain: error: {message}\n")
         for f in fields(cls):
-            kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
+            kind = (
+                {"action": "store_true"}
+                if f.type is bool
+                else {"type": f.type, "default": f.default}
+            )
             text = f.metadata["help"] + ("" if f.type is bool else " (default: %(default)s)")
             parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
         options = cls(**vars(parser.parse_args()))
@@ -79,8 +92,10 @@ class Options:
             if not 0 < getattr(options, name) < float("inf"):
                 parser.error(f"{name} is {getattr(options, name)}; it must be above zero")
         if not (0 <= options.drop <= 1 and 0 <= options.ema < 1 and options.seed >= 0):
-            parser.error(f"drop {options.drop}, ema {options.ema}, seed {options.seed}; "
-                         "they must be in [0, 1], in [0, 1), and 0 or more")
+            parser.error(
+                f"drop {options.drop}, ema {options.ema}, seed {options.seed}; "
+                "they must be in [0, 1], in [0, 1), and 0 or more"
+            )
         return options
 
 
@@ -102,7 +117,9 @@ class Muon(torch.optim.Optimizer):
             for w in group["params"]:
                 mean = self.state[w].setdefault("mean", torch.zeros_like(w))
                 mean.lerp_(w.grad, 1 - group["momentum"])
-                by_shape[w.shape].append((w, w.grad.lerp(mean, group["momentum"])))    # Nesterov's look-ahead
+                by_shape[w.shape].append(
+                    (w, w.grad.lerp(mean, group["momentum"]))
+                )  # Nesterov's look-ahead
             for (rows, columns), pairs in by_shape.items():
                 updates = orthogonal(torch.stack([m for _, m in pairs]))
                 for (w, _), u in zip(pairs, updates, strict=True):
@@ -161,7 +178,9 @@ def heldout(pairs: int) -> list[str]:
     return pool * times + [pool[i * len(pool) // rest] for i in range(rest)]
 
 
-def draw_curve(losses: list[float], scores: list[tuple[int, float]], minutes: float, path: str) -> None:
+def draw_curve(
+    losses: list[float], scores: list[tuple[int, float]], minutes: float, path: str
+) -> None:
     """Loss (a mean over each hundredth of the run) and validation against steps and minutes, as a picture."""
     import matplotlib
 
@@ -171,10 +190,20 @@ def draw_curve(losses: list[float], scores: list[tuple[int, float]], minutes: fl
     figure, left = plt.subplots(figsize=(7, 3.6), layout="constrained")
     width = max(1, len(losses) // 100)
     smooth = torch.tensor(losses)[: len(losses) // width * width].view(-1, width).mean(1)
-    left.plot([(i + 0.5) * width for i in range(len(smooth))], smooth, color="0.55", label="loss (left)")
-    left.set(xlabel="optimiser steps", ylabel="flow-matching loss", yscale="log", xlim=(0, len(losses)))
+    left.plot(
+        [(i + 0.5) * width for i in range(len(smooth))], smooth, color="0.55", label="loss (left)"
+    )
+    left.set(
+        xlabel="optimiser steps", ylabel="flow-matching loss", yscale="log", xlim=(0, len(losses))
+    )
     right = left.twinx()
-    right.plot(*zip(*scores, strict=True), "o-", ms=3, color="tab:blue", label="held-out fully right (right)")
+    right.plot(
+        *zip(*scores, strict=True),
+        "o-",
+        ms=3,
+        color="tab:blue",
+        label="held-out fully right (right)",
+    )
     right.set(ylabel="fraction fully right, 8 Euler steps", ylim=(0, 1))
     per_step = minutes / len(losses)
     top = left.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda m: m / per_step))
@@ -192,22 +221,33 @@ def summary(model: ShapesFlow, options: Options) -> None:
     prompts = heldout(2 * len(shapes.HELDOUT_PROMPTS))
     families = [shapes.parse(p).family for p in prompts]
     for steps in (8, 16):
-        right = judged(model, prompts, steps, torch.Generator().manual_seed(options.seed + 2)).float()
-        by_family = ", ".join(f"{family} {right[[f == family for f in families]].mean():.3f}"
-                              for family in ("count", "conjunction", "relation"))
+        right = judged(
+            model, prompts, steps, torch.Generator().manual_seed(options.seed + 2)
+        ).float()
+        by_family = ", ".join(
+            f"{family} {right[[f == family for f in families]].mean():.3f}"
+            for family in ("count", "conjunction", "relation")
+        )
         print(f"held-out, {steps:2} Euler steps, fully right: {right.mean():.3f}   ({by_family})")
 
 
 def optimisers(model: ShapesFlow, options: Options) -> list:
     """(optimiser, schedule) pairs: Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices = [p for name, p in model.blocks.named_parameters() if p.dim() == 2 and "modulation" not in name]
+    matrices = [
+        p
+        for name, p in model.blocks.named_parameters()
+        if p.dim() == 2 and "modulation" not in name
+    ]
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
 
     def rate(i: int) -> float:
         return min(1, (i + 1) / WARMUP)
 
-    both = [Muon(matrices, options.lr), torch.optim.AdamW(others, options.lr, (0.9, 0.98), weight_decay=0.0)]
+    both = [
+        Muon(matrices, options.lr),
+        torch.optim.AdamW(others, options.lr, (0.9, 0.98), weight_decay=0.0),
+    ]
     return [(o, torch.optim.lr_scheduler.LambdaLR(o, rate)) for o in both]
 
 
@@ -222,7 +262,7 @@ def main() -> None:
     """Train for the budget, keep the best weights by validation, draw the curve, print the summary."""
     options = Options.from_command_line()
     torch.set_num_threads(options.threads)
-    with torch.random.fork_rng():                           # initialisers know only the global generator
+    with torch.random.fork_rng():  # initialisers know only the global generator
         torch.manual_seed(options.seed)
         model = ShapesFlow()
     mean = copy.deepcopy(model).eval().requires_grad_(False)
@@ -240,7 +280,9 @@ def main() -> None:
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()
-        follow(mean, model, min(options.ema, step / (step + 10)))     # a short memory first: forget the start
+        follow(
+            mean, model, min(options.ema, step / (step + 10))
+        )  # a short memory first: forget the start
         losses.append(loss.item())
         if step % options.validate_every and step < steps:
             continue
@@ -248,18 +290,29 @@ def main() -> None:
         noise = torch.Generator().manual_seed(options.seed + 1)
         score = judged(mean, heldout(options.pairs), 8, noise).float().mean().item()
         scores.append((step, score))
-        bar.write(f"step {step:5}  {(time.perf_counter() - start) / 60:5.1f} min  fully right {score:.3f}  "
-                  f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
+        bar.write(
+            f"step {step:5}  {(time.perf_counter() - start) / 60:5.1f} min  fully right {score:.3f}  "
+            f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}"
+        )
         if score >= best and not options.dry_run:
             best, kept = score, copy.deepcopy(mean)
-            save(kept, options.out, {
-                "command": shlex.join(["python", "-m", "zoo.shapes.pretrain", *sys.argv[1:]]),
-                "seed": str(options.seed), "step": str(step), "steps": str(options.steps),
-                "validation": f"{score:.4f} of {options.pairs} held-out prompts fully right, 8 Euler steps"})
+            save(
+                kept,
+                options.out,
+                {
+                    "command": shlex.join(["python", "-m", "zoo.shapes.pretrain", *sys.argv[1:]]),
+                    "seed": str(options.seed),
+                    "step": str(step),
+                    "steps": str(options.steps),
+                    "validation": f"{score:.4f} of {options.pairs} held-out prompts fully right, 8 Euler steps",
+                },
+            )
     if options.dry_run:
         return
     draw_curve(losses, scores, (time.perf_counter() - start) / 60, options.figure)
-    print(f"kept the weights with validation {best:.3f} in {options.out}, the curve in {options.figure}")
+    print(
+        f"kept the weights with validation {best:.3f} in {options.out}, the curve in {options.figure}"
+    )
     summary(kept, options)
 
 

@@ -29,19 +29,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SIZE = 32                                     # side of the picture, in pixels
+SIZE = 32  # side of the picture, in pixels
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 COUNTS = ("a", "two", "three")
-DIRECTIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # to the second
+DIRECTIONS = {
+    "left of": (1, 0),
+    "right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}  # to the second
 
 BACKGROUND = (0.96, 0.95, 0.92)
 PALETTE = ((0.86, 0.16, 0.16), (0.16, 0.62, 0.24), (0.15, 0.32, 0.85), (0.95, 0.78, 0.10))
 
-MIN_AREA, MAX_AREA = 12, 256      # pixels of an object; the smallest one drawn has 36, the largest 133
-MIN_OVERLAP = 0.85                # intersection over union with the best outline; drawn objects have 0.96 or more
-COLOUR_RADIUS = 0.30              # Euclidean distance in RGB within which a pixel is of a palette colour
-CLEAN_SHARE, DIRTY_SHARE = 0.01, 0.20         # share of dirt that is still clean; share that leaves no credit
+MIN_AREA, MAX_AREA = 12, 256  # pixels of an object; the smallest one drawn has 36, the largest 133
+MIN_OVERLAP = 0.85  # intersection over union with the best outline; drawn objects have 0.96 or more
+COLOUR_RADIUS = 0.30  # Euclidean distance in RGB within which a pixel is of a palette colour
+CLEAN_SHARE, DIRTY_SHARE = (
+    0.01,
+    0.20,
+)  # share of dirt that is still clean; share that leaves no credit
 WEIGHTS = {"objects": 0.4, "colours": 0.2, "number": 0.2, "relation": 0.2}
 
 
@@ -91,7 +99,7 @@ def _scenes() -> list[Scene]:
 
 
 _SCENE_OF = {str(scene): scene for scene in _scenes()}
-PROMPTS = tuple(_SCENE_OF)                    # 36 counts, 324 conjunctions, 432 relations
+PROMPTS = tuple(_SCENE_OF)  # 36 counts, 324 conjunctions, 432 relations
 
 # Held out of alignment, never of pretraining: the scenes whose name has a checksum divisible by six. CRC-32
 # is the same on every machine, and a scene is held out in all its wordings, so that none is a training
@@ -105,21 +113,25 @@ def parse(prompt: str) -> Scene:
     try:
         return _SCENE_OF[prompt]
     except (KeyError, TypeError):
-        raise ValueError(f"prompt {prompt!r} is not in the grammar of shapes; write for example "
-                         "'two red circles', 'a red circle and two blue squares' or "
-                         "'a blue square left of a green triangle'") from None
+        raise ValueError(
+            f"prompt {prompt!r} is not in the grammar of shapes; write for example "
+            "'two red circles', 'a red circle and two blue squares' or "
+            "'a blue square left of a green triangle'"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
 
 # Every shape of radius r has the area pi r^2 of the circle, so that size says nothing about shape.
-_SQUARE = math.sqrt(math.pi) / 2                            # half side / r
-_TRIANGLE = math.sqrt(math.pi / (3 * math.sqrt(3)))         # inradius / r of the equilateral one, apex up
-_EXTENT = ((1.0, 1.0, 1.0),                                 # half width, height above and below centre, / r
-           (_SQUARE, _SQUARE, _SQUARE),
-           (math.sqrt(3) * _TRIANGLE, 2 * _TRIANGLE, _TRIANGLE))
-_RADII = {1: (4.5, 6.5), 2: (3.8, 5.4), 3: (3.4, 4.6)}      # range of r, by the number of objects
-_EDGE, _GAP = 1.0, 2.5                                      # least distance to the frame, and between objects
+_SQUARE = math.sqrt(math.pi) / 2  # half side / r
+_TRIANGLE = math.sqrt(math.pi / (3 * math.sqrt(3)))  # inradius / r of the equilateral one, apex up
+_EXTENT = (
+    (1.0, 1.0, 1.0),  # half width, height above and below centre, / r
+    (_SQUARE, _SQUARE, _SQUARE),
+    (math.sqrt(3) * _TRIANGLE, 2 * _TRIANGLE, _TRIANGLE),
+)
+_RADII = {1: (4.5, 6.5), 2: (3.8, 5.4), 3: (3.4, 4.6)}  # range of r, by the number of objects
+_EDGE, _GAP = 1.0, 2.5  # least distance to the frame, and between objects
 
 
 def outlines(cx: Tensor, cy: Tensor, r: Tensor) -> Tensor:
@@ -129,8 +141,10 @@ def outlines(cx: Tensor, cy: Tensor, r: Tensor) -> Tensor:
     distance from the pixel's centre to the outline: exact along straight upright edges, and no supersampling.
     """
     pixel = torch.arange(SIZE, dtype=r.dtype, device=r.device) + 0.5
-    x = (pixel - cx[..., None])[..., None, :].abs()         # [..., 1, SIZE]: each shape is its mirror image
-    y = (pixel - cy[..., None])[..., :, None]               # [..., SIZE, 1]
+    x = (pixel - cx[..., None])[
+        ..., None, :
+    ].abs()  # [..., 1, SIZE]: each shape is its mirror image
+    y = (pixel - cy[..., None])[..., :, None]  # [..., SIZE, 1]
     r = r[..., None, None]
     circle = (x.square() + y.square()).sqrt() - r
     square = torch.maximum(x, y.abs()) - _SQUARE * r
@@ -138,25 +152,32 @@ def outlines(cx: Tensor, cy: Tensor, r: Tensor) -> Tensor:
     return (0.5 - torch.stack([circle, square, triangle], dim=-3)).clamp(0, 1)
 
 
-def _layout(shape: Tensor, present: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
+def _layout(
+    shape: Tensor, present: Tensor, direction: Tensor, generator: torch.Generator
+) -> Tensor:
     """Random places of three objects a picture, [B, 3 (cx, cy, r), 3 objects], by rejection; 32 tries a turn.
 
     `shape` [B, 3] int64, `present` [B, 3] bool, `direction` [B, 2] (zero where no relation is asked).
     """
     low, high = torch.tensor([_RADII[int(n)] for n in present.sum(1)]).view(-1, 2, 1, 1).unbind(1)
-    half, up, down = torch.tensor(_EXTENT)[shape].unbind(-1)                                    # each [B, 3]
+    half, up, down = torch.tensor(_EXTENT)[shape].unbind(-1)  # each [B, 3]
     place, todo = torch.empty(len(shape), 3, 3), torch.arange(len(shape))
     while len(todo):
         u = torch.rand(len(todo), 32, 3, 3, generator=generator)
-        r = low[todo] + u[:, :, 2] * (high - low)[todo]                                         # [b, 32, 3]
+        r = low[todo] + u[:, :, 2] * (high - low)[todo]  # [b, 32, 3]
         w, a, d = (extent[todo, None] * r for extent in (half, up, down))
         x = _EDGE + w + u[:, :, 0] * (SIZE - 2 * _EDGE - 2 * w)
         y = _EDGE + a + u[:, :, 1] * (SIZE - 2 * _EDGE - a - d)
         fits = torch.ones(x.shape[:2], dtype=torch.bool)
-        for i, j in ((0, 1), (0, 2), (1, 2)):               # bounding boxes apart, sideways or up and down
+        for i, j in ((0, 1), (0, 2), (1, 2)):  # bounding boxes apart, sideways or up and down
             sideways = (x[..., i] - x[..., j]).abs() > w[..., i] + w[..., j] + _GAP
-            upright = torch.maximum(y[..., j] - a[..., j] - y[..., i] - d[..., i],
-                                    y[..., i] - a[..., i] - y[..., j] - d[..., j]) > _GAP
+            upright = (
+                torch.maximum(
+                    y[..., j] - a[..., j] - y[..., i] - d[..., i],
+                    y[..., i] - a[..., i] - y[..., j] - d[..., j],
+                )
+                > _GAP
+            )
             fits &= sideways | upright | ~(present[todo, i] & present[todo, j])[:, None]
         dx, dy = x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]
         fits &= _holds(dx, dy, direction[todo, None], margin=7.0, slope=1.4)
@@ -184,11 +205,15 @@ def draw(prompts: list[str], generator: torch.Generator) -> Tensor:
     scenes = [parse(prompt) for prompt in prompts]
     objects = [[g for g in scene.groups for _ in range(g.count)] for scene in scenes]
     padded = [row + [Group(0, 0, 0)] * (3 - len(row)) for row in objects]
-    present, colour, shape = torch.tensor(padded, dtype=torch.long).view(-1, 3, 3).unbind(-1)   # each [B, 3]
+    present, colour, shape = (
+        torch.tensor(padded, dtype=torch.long).view(-1, 3, 3).unbind(-1)
+    )  # each [B, 3]
     cx, cy, r = _layout(shape, present > 0, _directions(scenes, "cpu"), generator).unbind(1)
     rows = torch.arange(len(scenes))[:, None]
-    cover = outlines(cx, cy, r)[rows, torch.arange(3), shape] * (present > 0)[..., None, None]  # [B, 3, H, W]
-    paint = torch.tensor(PALETTE)[colour] - torch.tensor(BACKGROUND)                            # [B, 3, RGB]
+    cover = (
+        outlines(cx, cy, r)[rows, torch.arange(3), shape] * (present > 0)[..., None, None]
+    )  # [B, 3, H, W]
+    paint = torch.tensor(PALETTE)[colour] - torch.tensor(BACKGROUND)  # [B, 3, RGB]
     return torch.tensor(BACKGROUND)[:, None, None] + torch.einsum("bnhw,bnc->bchw", cover, paint)
 
 
@@ -206,8 +231,8 @@ class Judgement(NamedTuple):
         clean     1 up to CLEAN_SHARE of dirt, 0 from DIRTY_SHARE on, linear between
     """
 
-    score: Tensor      # clean * mean by WEIGHTS of objects, colours, number and relation, in [0, 1]
-    right: Tensor      # bool: every part is 1, which is to say the score is complete
+    score: Tensor  # clean * mean by WEIGHTS of objects, colours, number and relation, in [0, 1]
+    right: Tensor  # bool: every part is 1, which is to say the score is complete
     objects: Tensor
     colours: Tensor
     number: Tensor
@@ -234,7 +259,7 @@ def _unmix(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     yellow, as it does to a nearest-colour rule: half-way from red to the background is nearest to yellow.
     """
     ground = torch.tensor(BACKGROUND, dtype=images.dtype, device=images.device)
-    towards = torch.tensor(PALETTE, dtype=images.dtype, device=images.device) - ground          # [4, RGB]
+    towards = torch.tensor(PALETTE, dtype=images.dtype, device=images.device) - ground  # [4, RGB]
     offset = images - ground[:, None, None]
     dots = torch.einsum("bchw,kc->bkhw", offset, towards)
     length2 = towards.square().sum(1)[:, None, None]
@@ -256,9 +281,9 @@ def _spread(z: Tensor) -> Tensor:
 def _components(solid: Tensor) -> Tensor:
     """Label the 8-connected components of each mask [B, K, H, W] by the largest index in each, from 1."""
     label = _index(solid.device).short() * solid
-    while True:                                             # the largest index spreads a pixel a turn
+    while True:  # the largest index spreads a pixel a turn
         before = label
-        for _ in range(4):                                  # a comparison costs a spread: compare rarely
+        for _ in range(4):  # a comparison costs a spread: compare rarely
             label = _spread(label) * solid
         if torch.equal(label, before):
             return label.long()
@@ -275,16 +300,18 @@ def _recognise(cover: Tensor, solid: Tensor) -> tuple[_Objects, Tensor]:
     area.scatter_add_(2, label.flatten(2), torch.ones_like(label).flatten(2))
     size = area.gather(2, label.flatten(2)).view_as(label) * solid
     index = _index(label.device)
-    b, k, row, column = ((label == index) & (size >= MIN_AREA)).nonzero(as_tuple=True)   # a pixel of each
+    b, k, row, column = ((label == index) & (size >= MIN_AREA)).nonzero(
+        as_tuple=True
+    )  # a pixel of each
     pixels = size[b, k, row, column]
 
     # An object is its solid pixels and the share it covers of the unclaimed pixels around them.
-    body = label[b, k] == index[row, column][:, None, None]                                     # [N, H, W]
+    body = label[b, k] == index[row, column][:, None, None]  # [N, H, W]
     mass = (body | _spread(body) & ~solid.any(1)[b]) * cover[b, k]
     total = mass.sum((1, 2)).clamp(min=1e-6)
     at = torch.arange(SIZE, dtype=cover.dtype, device=cover.device) + 0.5
     x, y = (mass.sum(1) * at).sum(1) / total, (mass.sum(2) * at).sum(1) / total
-    ideal = outlines(x, y, (total / math.pi).sqrt())                                            # [N, 3, H, W]
+    ideal = outlines(x, y, (total / math.pi).sqrt())  # [N, 3, H, W]
     mass = mass[:, None]
     overlap = torch.minimum(ideal, mass).sum((2, 3)) / torch.maximum(ideal, mass).sum((2, 3))
     best, shape = overlap.max(1)
@@ -295,22 +322,32 @@ def _recognise(cover: Tensor, solid: Tensor) -> tuple[_Objects, Tensor]:
 def _cleanliness(solid: Tensor, specks: Tensor, blend: Tensor, plain: Tensor) -> Tensor:
     """1 - dirt, rescaled, [B], as in `Judgement`. Borders, a pixel each way, may be blends; no other may."""
     border = (_spread(solid) & _spread(~solid)).any(1)
-    dirt = (specks | (torch.where(border, blend, plain) > COLOUR_RADIUS)).to(plain.dtype).mean((1, 2))
+    dirt = (
+        (specks | (torch.where(border, blend, plain) > COLOUR_RADIUS)).to(plain.dtype).mean((1, 2))
+    )
     return ((DIRTY_SHARE - dirt) / (DIRTY_SHARE - CLEAN_SHARE)).clamp(0, 1)
 
 
 def _check(images: Tensor, prompts: list[str]) -> None:
     if images.dim() != 4 or images.shape[1:] != (3, SIZE, SIZE) or not images.is_floating_point():
-        raise ValueError(f"images is {images.dtype} {list(images.shape)}; it must be float [B, 3, 32, 32]")
+        raise ValueError(
+            f"images is {images.dtype} {list(images.shape)}; it must be float [B, 3, 32, 32]"
+        )
     if len(prompts) != len(images):
-        raise ValueError(f"prompts has {len(prompts)} entries; it must have one per image, {len(images)}")
-    if len(images) and not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):      # False for NaN as well
-        raise ValueError(f"images spans [{images.min():.3g}, {images.max():.3g}]; it must lie in [0, 1]")
+        raise ValueError(
+            f"prompts has {len(prompts)} entries; it must have one per image, {len(images)}"
+        )
+    if len(images) and not (
+        images.min() >= -1e-3 and images.max() <= 1 + 1e-3
+    ):  # False for NaN as well
+        raise ValueError(
+            f"images spans [{images.min():.3g}, {images.max():.3g}]; it must lie in [0, 1]"
+        )
 
 
 def _asked(scenes: list[Scene], device: torch.device) -> tuple[Tensor, Tensor]:
     """How many of each object is asked, [B, colour, shape]; the first and last colours named, [B, 2]."""
-    wanted = torch.zeros(len(scenes), 4, 4)                 # the fourth shape is none, which is never asked
+    wanted = torch.zeros(len(scenes), 4, 4)  # the fourth shape is none, which is never asked
     pair = torch.zeros(len(scenes), 2, dtype=torch.long)
     for i, scene in enumerate(scenes):
         for group in scene.groups:
@@ -328,7 +365,7 @@ def judge(images: Tensor, prompts: list[str]) -> Judgement:
     objects, specks = _recognise(cover, solid)
     wanted, pair = _asked(scenes, device)
 
-    def tally(values: Tensor) -> Tensor:                    # sums over objects: [B, colour, shape]
+    def tally(values: Tensor) -> Tensor:  # sums over objects: [B, colour, shape]
         place = (objects.picture, objects.colour, objects.shape)
         return torch.zeros_like(wanted).index_put_(place, values, accumulate=True)
 
@@ -342,16 +379,22 @@ def judge(images: Tensor, prompts: list[str]) -> Judgement:
     direction = _directions(scenes, device)
     related = direction.any(1)
     there = (by_colour.gather(1, pair) > 0).all(1)
-    x, y = (tally(at).sum(2) / by_colour.clamp(min=1) for at in (objects.x, objects.y))  # means, [B, colour]
+    x, y = (
+        tally(at).sum(2) / by_colour.clamp(min=1) for at in (objects.x, objects.y)
+    )  # means, [B, colour]
     dx, dy = (mean.gather(1, pair).diff(dim=1)[:, 0] for mean in (x, y))
     relation = (~related | (there & _holds(dx, dy, direction, margin=3.0, slope=1.0))).float()
 
     clean = _cleanliness(solid, specks, blend, plain)
     parts = torch.stack([right_objects, right_colours, number, relation], 1)
     weights = torch.tensor(list(WEIGHTS.values()), device=device)
-    weights = weights * torch.stack([torch.ones_like(related)] * 3 + [related], 1)       # ordered as parts
+    weights = weights * torch.stack(
+        [torch.ones_like(related)] * 3 + [related], 1
+    )  # ordered as parts
     right = (parts == 1).all(1) & (clean == 1)
-    score = torch.where(right, 1.0, clean * (parts * weights).sum(1) / weights.sum(1))   # 1, not 1 - 1e-7
+    score = torch.where(
+        right, 1.0, clean * (parts * weights).sum(1) / weights.sum(1)
+    )  # 1, not 1 - 1e-7
     return Judgement(score, right, right_objects, right_colours, number, relation, clean)
 
 
@@ -368,8 +411,8 @@ def right(images: Tensor, prompts: list[str]) -> Tensor:
 class Accuracy(NamedTuple):
     """Shares in [0, 1] of drawn pictures on which the rule is right."""
 
-    accepted: float    # pictures judged by their own prompt, found right
-    rejected: float    # pictures judged by the prompt of another scene, found not right
+    accepted: float  # pictures judged by their own prompt, found right
+    rejected: float  # pictures judged by the prompt of another scene, found not right
 
 
 def accuracy(n: int, generator: torch.Generator) -> Accuracy:
@@ -388,5 +431,7 @@ def accuracy(n: int, generator: torch.Generator) -> Accuracy:
         own.append(pool[j])
         wrong.append(pool[(j + shift) % len(pool)])
     images = draw(own, generator)
-    accepted, confused = (judge(images, prompts).right.float().mean().item() for prompts in (own, wrong))
+    accepted, confused = (
+        judge(images, prompts).right.float().mean().item() for prompts in (own, wrong)
+    )
     return Accuracy(accepted, 1 - confused)

@@ -51,15 +51,24 @@ class Embedded:
 
     name, shape, sharded, cut_off = "shapes", (3, shapes.SIZE, shapes.SIZE), False, ()
 
-    def __init__(self, checkpoint: str | Path = shapes_model.CHECKPOINT, tune: str = "transformer", shift: float = 1.0,
-                 reference: bool = False):
+    def __init__(
+        self,
+        checkpoint: str | Path = shapes_model.CHECKPOINT,
+        tune: str = "transformer",
+        shift: float = 1.0,
+        reference: bool = False,
+    ):
         self.network, self.shift = shapes_model.load(checkpoint), shift
         for name, p in self.network.named_parameters():
             p.requires_grad_(tune == "full" or name.split(".")[0] not in shapes_model.PIXEL_LAYERS)
         self.reference = copy.deepcopy(self.network).requires_grad_(False) if reference else None
         self.tuned = [p for p in self.network.parameters() if p.requires_grad]
-        weights, tuned = (sum(p.numel() for p in z) for z in (self.network.parameters(), self.tuned))
-        self.sizes = Sizes(weights, tuned, 1, 4 * (weights - tuned + weights * reference), 4 * tuned)
+        weights, tuned = (
+            sum(p.numel() for p in z) for z in (self.network.parameters(), self.tuned)
+        )
+        self.sizes = Sizes(
+            weights, tuned, 1, 4 * (weights - tuned + weights * reference), 4 * tuned
+        )
 
     def grid(self, steps: int) -> Tensor:
         return pave.schedule(steps, self.shift)
@@ -67,7 +76,9 @@ class Embedded:
     def kind(self, prompt: str) -> str:
         return shapes.parse(prompt).family if prompt in shapes.PROMPTS else ""
 
-    def load(self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1) -> Embedded:
+    def load(
+        self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1
+    ) -> Embedded:
         """Move to the device; prompts are words, which need no encoder."""
         self.network.to(device)
         if self.reference:
@@ -101,36 +112,81 @@ class Released:
     scheduler's own. With `reference` a full run keeps a frozen copy; adapters need none, they are switched off.
     """
 
-    def __init__(self, path: str, revision: str | None = None, *, size: Sequence[int] = (512, 512),
-                 guidance: float = 0.0, dtype: torch.dtype = torch.bfloat16, sigmas: str = "shifted",
-                 shift: float = 3.0, tune: str = "lora", rank: int = 64, alpha: float = 128.0, seed: int = 0,
-                 checkpointing: bool = False, reference: bool = False, decode_batch: int = 4, world: int = 1):
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        *,
+        size: Sequence[int] = (512, 512),
+        guidance: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        sigmas: str = "shifted",
+        shift: float = 3.0,
+        tune: str = "lora",
+        rank: int = 64,
+        alpha: float = 128.0,
+        seed: int = 0,
+        checkpointing: bool = False,
+        reference: bool = False,
+        decode_batch: int = 4,
+        world: int = 1,
+    ):
         from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
         from zoo.released import tuning
 
-        self.path, self.revision, self.size, self.guidance, self.dtype = path, revision, tuple(size), guidance, dtype
-        self.sigmas, self.shift, self.tune, self.rank, self.alpha, self.seed = sigmas, shift, tune, rank, alpha, seed
-        self.checkpointing, self.with_reference, self.decode_batch = checkpointing, reference, decode_batch
+        self.path, self.revision, self.size, self.guidance, self.dtype = (
+            path,
+            revision,
+            tuple(size),
+            guidance,
+            dtype,
+        )
+        self.sigmas, self.shift, self.tune, self.rank, self.alpha, self.seed = (
+            sigmas,
+            shift,
+            tune,
+            rank,
+            alpha,
+            seed,
+        )
+        self.checkpointing, self.with_reference, self.decode_batch = (
+            checkpointing,
+            reference,
+            decode_batch,
+        )
         self.sharded = tune == "full" and world > 1
         self.flow = diffusion.outline(path, revision)
         self.name = "flux" if self.flow.is_flux else "sd3"
         self.shape = self.flow.shape(*self.size)
         weights, tuned = sum(p.numel() for p in self.flow.transformer.parameters()), 0
         if tune == "lora":
-            tuned = sum(rank * (m.in_features + m.out_features)
-                        for m in tuning.matrices(self.flow.transformer).values())
+            tuned = sum(
+                rank * (m.in_features + m.out_features)
+                for m in tuning.matrices(self.flow.transformer).values()
+            )
         share = world if self.sharded else 1
         frozen = (weights if tune == "lora" or reference else 0) * dtype.itemsize // share
-        self.sizes = Sizes(weights, tuned or weights, 2 if self.flow.splits(guidance) else 1, frozen,
-                           4 * (tuned or weights) // share)
+        self.sizes = Sizes(
+            weights,
+            tuned or weights,
+            2 if self.flow.splits(guidance) else 1,
+            frozen,
+            4 * (tuned or weights) // share,
+        )
 
     def grid(self, steps: int) -> Tensor:
-        return pave.schedule(steps, self.shift) if self.sigmas == "shifted" else self.flow.sigmas(steps, *self.size)
+        return (
+            pave.schedule(steps, self.shift)
+            if self.sigmas == "shifted"
+            else self.flow.sigmas(steps, *self.size)
+        )
 
     def kind(self, prompt: str) -> str:
         return ""
 
-    def load(self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1) -> Released:
+    def load(
+        self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1
+    ) -> Released:
         """Encode the prompts on the device, forget the encoders, then move the transformer and the VAE there."""
         from zoo.released import pipeline as diffusion
         from zoo.released import tuning
@@ -156,7 +212,9 @@ class Released:
             self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, seed=self.seed)
             return self
         if self.with_reference:
-            self.reference = tuning.copied(self.plain, network.config, network.state_dict(), self.dtype)
+            self.reference = tuning.copied(
+                self.plain, network.config, network.state_dict(), self.dtype
+            )
         network.requires_grad_(True)
         mesh = init_device_mesh(device.type, (world,)) if self.sharded else None
         for module in filter(None, (network, self.reference)):
@@ -177,11 +235,13 @@ class Released:
         if self.reference is not None:
             return self.velocity(prompts, self.reference)
         from zoo.released import tuning
+
         velocity = self.velocity(prompts)
 
         def released(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             with tuning.reference(self.flow):
                 return velocity(x, t, c)
+
         return released
 
     def decode(self, x: Tensor) -> Tensor:
@@ -190,6 +250,7 @@ class Released:
     def save(self, folder: Path, main: bool) -> str:
         """Into lora/, float32, or transformer/, in the dtype of computation."""
         from zoo.released import tuning
+
         if self.tune == "lora":
             if main:
                 tuning.save_lora(self.flow, folder / "lora")

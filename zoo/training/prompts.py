@@ -18,7 +18,9 @@ from torch import Tensor
 
 from zoo.shapes import world as shapes
 
-IMAGES_PER_PROMPT = 4  # of a held-out prompt, each from its own noise: diversity is measured among them
+IMAGES_PER_PROMPT = (
+    4  # of a held-out prompt, each from its own noise: diversity is measured among them
+)
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -36,13 +38,17 @@ def read(path: str | Path) -> tuple[list[str], list[str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {str(path)!r}: cannot be read ({error}); must be a text file in UTF-8") from None
+        raise ValueError(
+            f"prompts {str(path)!r}: cannot be read ({error}); must be a text file in UTF-8"
+        ) from None
     first, report = {}, []
     for number, prompt in enumerate(map(str.strip, lines), 1):
         if not prompt:
             report.append(f"{path}, line {number}: empty, left out")
         elif prompt in first:
-            report.append(f"{path}, line {number}: {prompt!r} is line {first[prompt]} again, left out")
+            report.append(
+                f"{path}, line {number}: {prompt!r} is line {first[prompt]} again, left out"
+            )
         else:
             first[prompt] = number
     if not first:
@@ -64,7 +70,9 @@ class Prompts:
         (one, before), (two, after) = read(train), read(heldout)
         for prompt in two:
             if prompt in one:
-                raise ValueError(f"prompts {str(heldout)!r}: {prompt!r} is a training prompt; must be held out")
+                raise ValueError(
+                    f"prompts {str(heldout)!r}: {prompt!r} is a training prompt; must be held out"
+                )
         return cls(tuple(one), tuple(two), (*before, *after))
 
     def draw(self, generator: torch.Generator) -> str:
@@ -73,19 +81,29 @@ class Prompts:
 
     def in_order(self) -> list[str]:
         """The held-out prompts in their fixed random order."""
-        return [self.heldout[i] for i in torch.randperm(len(self.heldout), generator=generator_of(0)).tolist()]
+        return [
+            self.heldout[i]
+            for i in torch.randperm(len(self.heldout), generator=generator_of(0)).tolist()
+        ]
 
     def pairs(self, shape: tuple[int, ...], n: int) -> tuple[list[str], Tensor]:
         """The first n held-out (prompt, noise) pairs: n prompts, noise [n, *shape], IMAGES_PER_PROMPT each in turn."""
         turns = [prompt for _, prompt in zip(range(n // IMAGES_PER_PROMPT), cycle(self.in_order()))]
-        noise = [torch.randn(IMAGES_PER_PROMPT, *shape, generator=generator_of(0, j)) for j in range(len(turns))]
+        noise = [
+            torch.randn(IMAGES_PER_PROMPT, *shape, generator=generator_of(0, j))
+            for j in range(len(turns))
+        ]
         return [prompt for prompt in turns for _ in range(IMAGES_PER_PROMPT)], torch.cat(noise)
 
-    def shown(self, shape: tuple[int, ...], kind: Callable[[str], str], n: int = 8) -> tuple[list[str], Tensor]:
+    def shown(
+        self, shape: tuple[int, ...], kind: Callable[[str], str], n: int = 8
+    ) -> tuple[list[str], Tensor]:
         """Up to n held-out prompts, as many of each kind, and their noise [n, 4, *shape]: what pictures show."""
         kinds: dict[str, list[str]] = {}
         for prompt in self.in_order():
             kinds.setdefault(kind(prompt), []).append(prompt)
         in_turn = [prompt for turn in zip_longest(*kinds.values()) for prompt in turn if prompt][:n]
         prompts = sorted(in_turn, key=kind)
-        return prompts, torch.stack([torch.randn(4, *shape, generator=generator_of(1, i)) for i in range(len(prompts))])
+        return prompts, torch.stack(
+            [torch.randn(4, *shape, generator=generator_of(1, i)) for i in range(len(prompts))]
+        )
