@@ -24,274 +24,72 @@ Exit status: 0 every verdict is the registered one, 1 one is not, 2 bad usage, 3
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
-import platform
-import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from tqdm import tqdm
 
 import pave_grpo as pave
 from zoo.oracle import fields, judging, vectors
-from zoo.shapes import model as shapes_model
-from zoo.shapes import world as shapes
+from zoo.oracle.bench import (
+    ETA,
+    GROUPS,
+    KERNELS,
+    MEMBERS,
+    MODES,
+    POINT,
+    SAMPLES,
+    Bench,
+    Model,
+    Scene,
+    attribution,
+    condition,
+    cosine,
+    flat_gradient,
+    norms,
+    one_step,
+    only,
+    term_gradient,
+)
+from zoo.oracle.comparison import compare, show_comparison, show_estimates
+from zoo.oracle.figures import draw_figures
+from zoo.oracle.findings import (
+    BROKEN,
+    EXACT,
+    FALSE_ALARM,
+    ORDER,
+    STATISTICS,
+    UNCLEAR,
+    Row,
+    exact,
+    joint,
+    largest,
+    order,
+    statistic,
+)
+from zoo.oracle.options import DRAWN, is_pipeline, parse
+from zoo.oracle.report import (
+    conclusion,
+    environment,
+    is_statistical,
+    status_of,
+    summarise,
+)
+from zoo.oracle.theory import scale_of, weight_sum
 
 SCHEMA = 1
-FALSE_ALARM = 1e-6  # of a whole report, shared out equally (Bonferroni) over
-STATISTICS = 400  # the most statistical rows a report may hold: 66 for each k, and 21
-Z = -NormalDist().inv_cdf(FALSE_ALARM / STATISTICS / 2)  # two-sided: 6.0 standard errors
-EXACT, ORDER, BROKEN, UNCLEAR = "EXACT", "FIRST ORDER", "BROKEN", "INCONCLUSIVE"
-KERNELS, MODES, ETA = tuple(pave.KERNELS), ("shared_anchor", "independent"), 0.7
-POINT = (0.70, 0.55)  # a step (t, s) in the middle; THEORY.md quotes its figures there
-SAMPLES = 100_000  # of a statistical row
-GROUPS, MEMBERS = (
-    20_000,
-    8,
-)  # of the estimator that is compared with the closed-form policy gradient
-
-
-# ---- Findings ------------------------------------------------------------------------------------------------
-
-
-class Finding(NamedTuple):
-    """What a test saw. `basis` says where the tolerance comes from."""
-
-    verdict: str
-    measured: float
-    predicted: float | None
-    tolerance: float
-    basis: str
-    n: int = 1
-
-
-def exact(error: Tensor | float, tolerance: float, basis: str) -> Finding:
-    """Is an error (absolute or relative, >= 0) within its rounding? EXACT or BROKEN."""
-    error = float(torch.as_tensor(error).detach())
-    verdict = UNCLEAR if math.isnan(error) else EXACT if error <= tolerance else BROKEN
-    return Finding(verdict, error, 0.0, tolerance, basis)
-
-
-def statistic(mean: Tensor | float, predicted: float, se: float, effect: float, n: int) -> Finding:
-    """Does a sample mean agree with its prediction? `effect` is the size the test must be able to see.
-
-    BROKEN beyond Z standard errors; within, EXACT if an effect of that size would have stood out by 2 Z, else
-    INCONCLUSIVE.
-    """
-    mean = float(mean)
-    z = (mean - predicted) / se
-    verdict = (
-        UNCLEAR
-        if math.isnan(z)
-        else BROKEN
-        if abs(z) > Z
-        else EXACT
-        if 2 * Z * se <= effect
-        else UNCLEAR
-    )
-    return Finding(
-        verdict, mean, predicted, Z * se, f"z = {z:+.1f} of {Z:.1f}; n sees {2 * Z * se:.1e}", n
-    )
-
-
-def joint(draws: Tensor, wanted: Tensor, effect: float) -> Finding:
-    """As `statistic` for a vector: draws [n, 4] against wanted [4], by Hotelling's T^2, which is chi^2 with 4 degrees.
-
-    Measured is the relative error of the mean; z is the two-sided normal deviate of the same probability.
-    """
-    n, mean = len(draws), draws.mean(0)
-    miss, spread = mean - wanted, torch.cov(draws.T) / n
-    x = (miss @ torch.linalg.solve(spread, miss)).item()
-    z = -NormalDist().inv_cdf(
-        max(math.exp(-x / 2) * (1 + x / 2) / 2, 1e-300)
-    )  # P(chi^2_4 > x) = e^(-x/2) (1 + x/2)
-    seen = 2 * Z * (torch.linalg.eigvalsh(spread)[-1].sqrt() / wanted.norm()).item()
-    verdict = (
-        UNCLEAR if math.isnan(x) else BROKEN if z > Z else EXACT if seen <= effect else UNCLEAR
-    )
-    error = (miss.norm() / wanted.norm()).item()
-    return Finding(verdict, error, 0.0, seen / 2, f"z = {z:.1f} of {Z:.1f}; n sees {seen:.1e}", n)
-
-
-def order(
-    sizes: Sequence[float], errors: Sequence[float], predicted: float, margin: float = 0.1
-) -> Finding:
-    """Does the error vanish as size^predicted? Slope on log axes between the extremes; its interval, neighbours'."""
-    if not all(0 < e < math.inf for e in errors):
-        return Finding(
-            UNCLEAR, math.nan, predicted, margin, "an error is zero or not finite", len(errors)
-        )
-    points = [(math.log(h), math.log(e)) for h, e in zip(sizes, errors, strict=True)]
-    slopes = [(f - e) / (h - g) for (g, e), (h, f) in pairwise(points)]
-    slope = (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
-    clear = (
-        max(slopes) - min(slopes) <= 2 * margin
-    )  # the next term of the expansion is small by now
-    verdict = UNCLEAR if not clear else ORDER if abs(slope - predicted) <= margin else BROKEN
-    basis = f"slopes {min(slopes):.2f} to {max(slopes):.2f} over {sizes[0]:.0e}..{sizes[-1]:.0e}"
-    return Finding(verdict, slope, predicted, margin, basis, len(points))
-
-
-def largest(*errors: Tensor) -> Tensor:
-    """The largest absolute entry of all; NaN if any is (Python's max would lose it)."""
-    return torch.stack([e.detach().abs().max().double() for e in errors]).max()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report. `registered` is the verdict that the theory predicts."""
-
-    claim: str
-    what: str
-    kernel: str
-    k: int | None
-    rollouts: str
-    form: str
-    fixture: str
-    verdict: str
-    registered: str
-    measured: float
-    predicted: float | None
-    tolerance: float
-    basis: str
-    n: int
-    seed: int
-    seconds: float = 0.0
-
-
-class Scene(NamedTuple):
-    """A rollout on a fixture, with advantages from a smooth reward."""
-
-    field: nn.Module
-    rollout: pave.Rollout
-    advantages: Tensor
-
-
-class Model(NamedTuple):
-    """A checkpoint of train.py, or a pipeline with its pictures' size, the prompts to ask, the dtype to compute in."""
-
-    path: str
-    prompts: tuple[str, ...]
-    dtype: torch.dtype
-    size: tuple[int, int] | None = None
-
-    def fixture(self) -> fields.Fixture:
-        return fields.piped(*self) if self.size else fields.pictured(*self[:3])
-
-
-class Bench:
-    """What claims are tested with: kernels and factors, fixtures and rollouts, and named streams of noise."""
-
-    def __init__(
-        self,
-        kernels: Sequence[str] = KERNELS,
-        factors: Sequence[int] = (2, 3, 5),
-        seed: int = 0,
-        device: str = "cpu",
-        model: Model | None = None,
-    ):
-        self.kernels, self.factors, self.seed, self.model = (
-            tuple(kernels),
-            tuple(factors),
-            seed,
-            model,
-        )
-        self.device = torch.device(device)
-        self.dtype = (
-            torch.float32
-            if model and (model.size or model.dtype != torch.float64)
-            else torch.float64
-        )
-        self.eps = torch.finfo(self.dtype).eps
-        self.net_eps = (
-            torch.finfo(model.dtype).eps if model else self.eps
-        )  # of what a network returns
-        self.fixture, self.scene = functools.cache(self._fixture), functools.cache(self._scene)
-        self.precise = functools.cache(self._precise)
-
-    def generator(self, *name: object) -> torch.Generator:
-        """A CPU generator whose stream depends on the seed and the name alone, so claims can be run one by one."""
-        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, *name)).encode()))
-
-    def normal(self, *shape: int, of: object) -> Tensor:
-        return torch.randn(*shape, generator=self.generator(of), dtype=self.dtype).to(self.device)
-
-    def _fixture(self, name: str) -> fields.Fixture:
-        made = (
-            self.model.fixture()
-            if self.model
-            else fields.make(name, self.generator("fixture", name))
-        )
-        return made._replace(field=made.field.to(self.device))
-
-    def _precise(self) -> nn.Module | None:
-        """The model in higher precision, float64 for shapes and float32 for a pipeline; None where it is so already."""
-        best = torch.float32 if self.model and self.model.size else torch.float64
-        if not self.model or self.model.dtype == best:
-            return None
-        return self.model._replace(dtype=best).fixture().field.to(self.device)
-
-    def _scene(self, name: str, kernel: str, mode: str, clamp: float | None = None) -> Scene:
-        """P prompts x G members on a shifted grid that begins at t = 1, every step with a density stochastic."""
-        fixture, own = self.fixture(name), mode == "independent"
-        P, G, T = (
-            (len(self.model.prompts) if self.model else 1, 3, 2)
-            if name == "embedded"
-            else (3, 12, 5)
-        )
-        process = pave.Process(pave.schedule(T, 2.0), kernel, ETA)
-        noise = pave.Noise(
-            self.normal(P, G if own else 1, *fixture.shape, of=("start", name, mode)),
-            self.normal(
-                P, len(process.stochastic_steps()), G, *fixture.shape, of=("steps", name, mode)
-            ),
-        )
-        rollout = (pave.rollout_independent if own else pave.rollout_shared_anchor)(
-            fixture.field, process, noise
-        )
-        return Scene(
-            fixture.field, rollout, pave.group_advantages(reward(rollout.x_0), clamp=clamp)
-        )
-
-    def scenes(self, *names: str) -> Iterator[tuple[Scene, dict]]:
-        """Every kernel and mode on these fixtures, with the row's fields; on the model alone, where one is given."""
-        for kernel in self.kernels:
-            for mode in MODES:
-                for name in ("embedded",) if self.model else names:
-                    yield (
-                        self.scene(name, kernel, mode),
-                        dict(kernel=kernel, rollouts=mode, fixture=name),
-                    )
-
-    def row(
-        self,
-        finding: Finding,
-        registered: str,
-        what: str,
-        kernel: str = "",
-        k: int | None = None,
-        rollouts: str = "",
-        form: str = "",
-        fixture: str = "",
-    ) -> Row:
-        verdict, *rest = finding
-        return Row(
-            "", what, kernel, k, rollouts, form, fixture, verdict, registered, *rest, self.seed
-        )
 
 
 class Claim(NamedTuple):
@@ -314,117 +112,6 @@ def claim(name: str, sentence: str, on_model: bool = False):
         return test
 
     return register
-
-
-# ---- What is measured ----------------------------------------------------------------------------------------
-
-
-def reward(x_0: Tensor) -> Tensor:
-    """A smooth reward of samples [P, N, G, *event]: -(x_0 - 1)^2, mean over dimensions."""
-    return -(x_0 - 1).square().flatten(3).mean(-1)
-
-
-def norms(x: Tensor) -> Tensor:
-    """Euclidean norm of each [*event] of x [P, n, *event]."""
-    return x.flatten(2).norm(dim=-1)
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return (torch.dot(a, b) / (a.norm() * b.norm())).item()
-
-
-def only(k: int, weight: float | Tensor = 1.0) -> dict:
-    """Arguments of policy_loss that leave the k-term alone."""
-    return {
-        "factors": () if k == 1 else (k,),
-        "term_weights": {1: weight} if k == 1 else {1: 0.0, k: weight},
-    }
-
-
-def attribution(scene: Scene, k: int, form: str = "paper") -> Tensor:
-    """What policy_loss asks of mu^(k) at theta_old: sum over members of A (x_s - mu)/std^2, [P, n, A, *event].
-
-    Read off the loss itself: an offset of the last velocity moves mu^(k), and nothing else, by b_k times itself.
-    """
-    rollout, process, calls = scene.rollout, scene.rollout.process, []
-    offset = torch.zeros_like(rollout.x_t.flatten(0, 2)).requires_grad_()
-
-    def velocity(x, t, c):
-        calls.append(t)
-        v = scene.field(x, t, c)
-        return v.to(x) + offset if len(calls) == k else v
-
-    loss = pave.policy_loss(
-        velocity, rollout, scene.advantages, form=form, reduction="sum", clip=None, **only(k)
-    ).loss
-    t, s = (process.grid[[i + j for i in rollout.sde_steps]].to(offset.device) for j in (0, 1))
-    b = process.coefficients(t if k == 1 else s + (t - s) / k, s).b.to(offset.dtype)
-    pull = -torch.autograd.grad(loss, offset)[0].unflatten(0, rollout.x_t.shape[:3]) * math.prod(
-        rollout.x_s.shape[:3]
-    )
-    return pull / b.view(1, -1, 1, *[1] * (pull.ndim - 3))
-
-
-def condition(scene: Scene, k: int, whole: Tensor) -> float:
-    """How much larger the terms of a group's attribution are than their sum `whole` [P, n, *event]."""
-    x_s, A = scene.rollout.x_s, scene.advantages.expand(scene.rollout.x_s.shape[:3]).abs()
-    with torch.no_grad():
-        p = pave.rescore(scene.field, scene.rollout, () if k == 1 else (k,))[k]
-    terms = pave.per_row(A, x_s) * (x_s.abs() + p.mean.abs()) / pave.per_row(p.std, p.mean) ** 2
-    return (norms(terms.sum(2)) / norms(whole)).max().item()
-
-
-def flat_gradient(value: Tensor, field: nn.Module) -> Tensor:
-    """d value / d theta as one float64 vector; zeros where theta does not enter."""
-    grads = torch.autograd.grad(
-        value, [*field.parameters()], retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return torch.cat([g.flatten().double() for g in grads])
-
-
-def term_gradient(
-    scene: Scene, k: int, form: str = "paper", weight: float | Tensor = 1.0
-) -> Tensor:
-    """The parameter gradient of the k-term of policy_loss at theta_old."""
-    loss = pave.policy_loss(
-        scene.field, scene.rollout, scene.advantages, form=form, clip=None, **only(k, weight)
-    ).loss
-    return flat_gradient(loss, scene.field)
-
-
-def one_step(
-    field: nn.Module, kernel: str, x: Tensor, t: float, s: float, factors: Sequence[int]
-) -> dict[int, pave.Transition]:
-    """p^(k) of rows x [B, *event], all by one step t -> s; the grid ends there, so that t_1 = s if t = 1."""
-    rows = [torch.full((len(x),), u, dtype=torch.float64, device=x.device) for u in (t, s)]
-    factors = tuple(k for k in factors if k > 1)
-    return pave.decompose(
-        field,
-        pave.Process([t, s], kernel, ETA),
-        x,
-        *rows,
-        torch.arange(len(x), device=x.device),
-        factors,
-    )
-
-
-def scale_of(kernel: str, k: int, t: float, s: float) -> float:
-    """(c_1/c_k)^2 by THEORY.md, E2."""
-    last = s + (t - s) / k
-    return {
-        "cps": 1.0,
-        "dance": float(k),
-        "flow_sde": (k - 1) / last if t == 1 else k * t * (1 - last) / ((1 - t) * last),
-    }[kernel]
-
-
-def weight_sum(kernel: str, k: int, t: float, s: float) -> float:
-    """sum_j w_j by THEORY.md, E5, with c_k^2 from the kernel's definition. At k = 1 it is b_1."""
-    D, last, h = t - s, s + (t - s) / k, ETA * math.pi / 2
-    if kernel == "cps":
-        return -(1 - s) * t + s * math.cos(h) * (1 - t)
-    g2 = ETA**2 * (1 if kernel == "dance" else last / (1 - (last if last < 1 else s)))
-    return -D - (1 - t) * g2 * (D / k) / (2 * last)
 
 
 # ---- The claims ----------------------------------------------------------------------------------------------
@@ -1339,262 +1026,6 @@ def gradient_check(bench):
             )
 
 
-# ---- Decomposed against original, step by step ---------------------------------------------------------------
-
-
-def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
-    """Per stochastic step and k, on the embedded model (or --model): what the k-term is beside the original.
-
-    weight (c_1/c_k)^2. gap |mu^(k) - mu^(1)|/c_1, root mean square per dimension. original, norm: |grad_1|, and
-    |grad_k|/|grad_1| in the paper's form; cosine of the two. member, group: cosine of the credit vectors, mean over
-    members and least over groups. share [(time, share)]: the part of the k-term's gradient that passes through its
-    velocity at that time, projected on the whole; shares add up to 1. off: how far mu^(k) is from that of the same
-    model in float64 (a pipeline: in float32), over c_k, root mean square.
-    """
-    fixture, P, G = bench.fixture("embedded"), len(bench.model.prompts) if bench.model else 1, 12
-    field, process = fixture.field, pave.Process(pave.schedule(steps), kernel, ETA)
-    stochastic = process.stochastic_steps()
-    noise = pave.Noise(
-        bench.normal(P, 1, *fixture.shape, of="compare"),
-        bench.normal(P, len(stochastic), G, *fixture.shape, of="compare steps"),
-    )
-    rollout = pave.rollout_shared_anchor(field, process, noise, stochastic)
-    prompts = bench.model.prompts if bench.model else fields.PROMPTS
-    owners = [prompts[p % len(prompts)] for p in range(P) for _ in range(len(stochastic) * G)]
-    score = reward(rollout.x_0)
-    if not (
-        bench.model and bench.model.size
-    ):  # the rule; the smooth reward tells members of equal credit apart
-        rule = shapes.judge(shapes_model.to_images(rollout.x_0.flatten(0, 2).float()), owners).score
-        score = rule.to(score).unflatten(0, score.shape) + 0.1 * score
-    advantages, table, precise = pave.group_advantages(score), [], bench.precise()
-    alike = lambda a, b, n: nn.functional.cosine_similarity(a.flatten(n), b.flatten(n), dim=-1)
-    for j, i in enumerate(tqdm(stochastic, f"comparing, {kernel}", leave=False, file=sys.stderr)):
-        one = {
-            name: getattr(rollout, name)[:, j : j + 1] for name in ("x_t", "x_s", "log_prob", "x_0")
-        }
-        scene = Scene(field, rollout._replace(sde_steps=(i,), **one), advantages[:, j : j + 1])
-        A = pave.per_row(scene.advantages, scene.rollout.x_s)
-        credit = lambda p, A=A, x_s=scene.rollout.x_s: (
-            A * (x_s - p.mean.detach()) / pave.per_row(p.std, x_s) ** 2
-        )
-        with torch.no_grad():
-            p = pave.rescore(field, scene.rollout, bench.factors)
-            state = (
-                scene.rollout.x_t.double()
-                if precise and not bench.model.size
-                else scene.rollout.x_t
-            )
-            exactly = (
-                pave.rescore(precise, scene.rollout._replace(x_t=state), bench.factors)
-                if precise
-                else p
-            )
-        (t, s), g_1 = process.grid[i : i + 2].tolist(), term_gradient(scene, 1)
-        for k in bench.factors:
-            g = term_gradient(scene, k)
-            parts = [
-                term_gradient(scene._replace(field=fields.OnlyCall(field, call)), k)
-                for call in range(k - 1)
-            ]
-            parts.append(g - sum(parts))  # what is left passes through the last call
-            rms = lambda z, std: (z.double().square().mean().sqrt() / std.flatten()[0]).item()
-            table.append(
-                {
-                    "kernel": kernel,
-                    "step": i,
-                    "t": t,
-                    "s": s,
-                    "k": k,
-                    "weight": (p[1].std / p[k].std).square().flatten()[0].item(),
-                    "gap": rms(p[k].mean - p[1].mean, p[1].std),
-                    "off": rms(p[k].mean - exactly[k].mean, p[k].std),
-                    "original": g_1.norm().item(),
-                    "norm": (g.norm() / g_1.norm()).item(),
-                    "cosine": cosine(g, g_1),
-                    "member": alike(credit(p[k]), credit(p[1]), 3).mean().item(),
-                    "group": alike(credit(p[k]).mean(2), credit(p[1]).mean(2), 2).min().item(),
-                    "share": [
-                        (t - c * (t - s) / k, (torch.dot(a, g) / torch.dot(g, g)).item())
-                        for c, a in enumerate(parts)
-                    ],
-                }
-            )
-    return table
-
-
-def show_comparison(table: list[dict], reference: str) -> str:
-    """The comparison as text, one line per kernel, step and k; reference: the dtype of a more precise model, or ''."""
-    lines = [
-        "Decomposed against original, step by step: parameter gradients (size of the original's, size and cosine "
-        "of",
-        "the k-term's beside it), reward attribution (cosine by member, and of the whole group), the gap of the "
-        "means",
-        "over c_1"
-        + (f", the mean's error against {reference} over c_k" if reference else "")
-        + ", the effective weight (c_1/c_k)^2, and the share of the gradient by the time of its velocity",
-        "",
-        "kernel    step  t -> s          k  |grad 1|  ratio  grad cos  member cos  group cos     gap"
-        + ("      off" if reference else "")
-        + "  weight  share by time",
-    ]
-    for r in table:
-        lines.append(
-            f"{r['kernel']:9} {r['step']:4}  {r['t']:.3f} -> {r['s']:.3f} {r['k']:2}  {r['original']:.2e} "
-            f"{r['norm']:6.2f}  {r['cosine']:8.4f}  {r['member']:10.4f}  {r['group']:9.6f} {r['gap']:7.4f}"
-            + (f"  {r['off']:.1e}" if reference else "")
-            + f"  {r['weight']:6.2f}  "
-            + "  ".join(f"{t:.2f}: {100 * f:.0f} %" for t, f in r["share"])
-        )
-    return "\n".join(lines)
-
-
-def show_estimates(estimates: list[tuple]) -> str:
-    """The policy gradients of TRUTH side by side."""
-    lines = [
-        "Policy gradients of a Gaussian flow by (m_1, m_2, log q_1, log q_2), against the true one: scale, bias "
-        "and",
-        "Jacobian apart",
-        "",
-        "kernel     k  form      estimate                          cosine   size",
-    ]
-    vector = lambda z: " ".join(f"{x:+7.3f}" for x in z)
-    for kernel in dict.fromkeys(e[0] for e in estimates):
-        own = [e for e in estimates if e[0] == kernel]
-        lines.append(f"{kernel:9} --  truth     {vector(own[0][4])}")
-        lines += [
-            f"{kernel:9} {k:2}  {form:9} {vector(mean)}   {cos:.4f}  {size:5.2f}"
-            for _, k, form, mean, _, cos, size in own
-        ]
-    return "\n".join(lines)
-
-
-# ---- Figures -------------------------------------------------------------------------------------------------
-
-STYLES = {
-    "flow_sde": ("o-", "0.0"),
-    "cps": ("s--", "0.35"),
-    "dance": ("^:", "0.6"),
-}  # readable in grey
-
-
-def draw_figures(bench: Bench, table: list[dict], folder: Path) -> list[Path]:
-    """weight.png, cosine.png, gap.png and attribution.png: one message each."""
-    from matplotlib.figure import Figure
-
-    pictures, k = {}, bench.factors[-1]
-
-    def canvas(name, title, xlabel, ylabel):
-        """Axes of a new picture."""
-        pictures[name] = figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        ax = figure.subplots()
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.set_title(title, fontsize=11)
-        ax.spines[["top", "right"]].set_visible(False)
-        return ax
-
-    def line(ax, kernel, x, y, label, size=5.0):
-        style, grey = STYLES[kernel]
-        ax.plot(x, y, style, color=grey, ms=size, lw=1.2, label=label)
-
-    ax = canvas(
-        "weight",
-        "How loud a k-term is beside its written weight 1/|S|",
-        "start t of the step (16 steps, shift 3)",
-        r"effective weight $(c_1/c_k)^2$",
-    )
-    for kernel in bench.kernels:
-        process = pave.Process(pave.schedule(16, 3.0), kernel, 0.8)
-        steps = list(process.stochastic_steps())
-        t, s = process.grid[:-1][steps], process.grid[1:][steps]
-        for factor in bench.factors[:2]:
-            weight = (
-                process.coefficients(t, s).std / process.coefficients(s + (t - s) / factor, s).std
-            ) ** 2
-            line(ax, kernel, t, weight, f"{kernel}, k = {factor}", 3.0 * factor - 2)
-    ax.set_ylim(bottom=0)
-    ax.invert_xaxis()
-
-    model = Path(bench.model.path).name or "embedded model" if bench.model else "embedded model"
-    ax = canvas(
-        "cosine",
-        f"Parameter gradients of a k-term beside the original's\n({model}, k = {k})",
-        "start t of the step (8 steps)",
-        "cosine with the original",
-    )
-    for kernel in bench.kernels:
-        rows = [r for r in table if r["kernel"] == kernel and r["k"] == k]
-        line(
-            ax,
-            kernel,
-            [r["t"] for r in rows],
-            [r["cosine"] for r in rows],
-            f"{kernel}: parameter gradient",
-        )
-    rows = [r for r in table if r["k"] == k]
-    ax.plot(
-        [r["t"] for r in rows],
-        [r["group"] for r in rows],
-        "x",
-        color="0.2",
-        ms=8,
-        label="all: group's attribution",
-    )
-    ax.invert_xaxis()
-
-    ax = canvas(
-        "gap",
-        "How the two means meet as steps shrink",
-        "step size D = t - s, from t = 0.7",
-        rf"$|\mu^{{({k})}} - \mu^{{(1)}}| \,/\, c_1$",
-    )
-    name = "embedded" if bench.model else "network"
-    x = bench.normal(2, *bench.fixture(name).shape, of="e6 0")
-    sizes = [2.0**-i for i in range(2, 9 if bench.model else 13)]
-    for kernel in bench.kernels:
-        with torch.no_grad():
-            pairs = [
-                one_step(bench.fixture(name).field, kernel, x, 0.7, 0.7 - D, (k,)) for D in sizes
-            ]
-        gaps = [((p[k].mean - p[1].mean).norm() / p[1].std[0]).item() for p in pairs]
-        slope = math.log(gaps[-1] / gaps[-5]) / math.log(sizes[-1] / sizes[-5])
-        line(ax, kernel, sizes, gaps, f"{kernel}: slope {slope:.2f}")
-    ax.set(xscale="log", yscale="log")
-
-    kernel = bench.kernels[0]
-    ax = canvas(
-        "attribution",
-        f"One step's reward reaches k moments instead of one\n({model}, {kernel}, k = {k})",
-        "time t' at which a velocity is evaluated",
-        "share of the step's gradient",
-    )
-    for n, r in enumerate(r for r in table if r["kernel"] == kernel and r["k"] == k):
-        ax.bar(
-            [t for t, _ in r["share"]],
-            [f for _, f in r["share"]],
-            width=0.8 * (r["t"] - r["s"]) / k,
-            color=("0.25", "0.65")[n % 2],
-            edgecolor="0.1",
-            lw=0.5,
-        )
-        ax.plot(
-            r["t"],
-            1.0,
-            "v",
-            color="0.1",
-            ms=5,
-            label="" if n else "original: all of it where the step starts",
-        )
-    ax.axhline(0, color="0.1", lw=0.6)
-    ax.invert_xaxis()
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        figure.axes[0].legend(fontsize=8, frameon=False)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-    return [folder / f"{name}.png" for name in pictures]
-
-
 # ---- The report ----------------------------------------------------------------------------------------------
 
 
@@ -1608,214 +1039,6 @@ def run_claims(bench: Bench, names: Sequence[str]) -> list[Row]:
             rows.append(replace(row, claim=name, seconds=round(now - began, 4)))
             began = now
     return rows
-
-
-def is_statistical(row: Row) -> bool:
-    return row.basis.startswith("z = ")
-
-
-def summarise(rows: Sequence[Row]) -> str:
-    """Per claim one line for each statement, kernel, rollout mode and form: verdict, and the row nearest to failing."""
-    lines, groups, last = [], {}, None
-    for row in rows:
-        groups.setdefault(
-            (row.claim, row.what, row.kernel, row.rollouts, row.form, row.registered), []
-        ).append(row)
-    for (name, what, kernel, rollouts, form, registered), members in groups.items():
-        if name != last:
-            lines += ["", f"{name}  {CLAIMS[name].sentence}"]
-            last = name
-        wrong = [row for row in members if row.verdict != registered]
-        off = lambda r: abs(r.measured - (r.predicted or 0)) / max(r.tolerance, 1e-300)
-        row = (min if registered == BROKEN else max)(wrong or members, key=off)
-        verdict = (
-            f"{row.verdict}, as predicted" if not wrong and registered == BROKEN else row.verdict
-        )
-        condition = ", ".join(
-            filter(
-                None,
-                [
-                    {"shared_anchor": "shared anchors", "independent": "independent rollouts"}.get(
-                        rollouts
-                    ),
-                    form,
-                ],
-            )
-        )
-        found = (
-            f"error ~ D^{row.measured:.2f}, predicted {row.predicted:.2f}"
-            if registered == ORDER
-            else f"off by {row.measured:.2g}"
-            if row.predicted == 0
-            else f"{row.measured:.4g} for {row.predicted:.4g}"
-        )
-        lines.append(
-            f"  {verdict:20} {kernel:9} {what}{f' ({condition})' if condition else ''}: {found}; tolerance "
-            f"{row.tolerance:.1g} ({row.basis}); {len(members)} row{'s' * (len(members) > 1)}"
-            + (
-                f"   <- registered {registered}; {len(wrong)} of {len(members)} rows differ"
-                if wrong
-                else ""
-            )
-        )
-    return "\n".join(lines)
-
-
-def status_of(rows: Sequence[Row]) -> int:
-    """0: every verdict registered; 1: one is not; 3: none is wrong but one is inconclusive."""
-    if any(row.verdict not in (row.registered, UNCLEAR) for row in rows):
-        return 1
-    return 3 if any(row.verdict == UNCLEAR for row in rows) else 0
-
-
-# What the conclusion says: for a claim, clauses with a blank for the kernels all of whose rows about `words` (and the
-# fields named) have the verdict. A clause about which nothing was tested is left out.
-SENTENCES = (
-    ("E1", "Rollouts, rewards and advantages do not depend on S or form under {}", EXACT, "", {}),
-    (
-        "E2",
-        "In a group that branches from one state, reward attribution keeps its direction exactly under {}",
-        EXACT,
-        "direction of the group's attribution",
-        {"rollouts": "shared_anchor", "what": "direction of the group's attribution"},
-    ),
-    ("E2", "its size is the original's times (c_1/c_k)^2 under {}", EXACT, "size against", {}),
-    (
-        "E2",
-        "with independent trajectories the direction is lost under {}",
-        BROKEN,
-        "direction",
-        {"rollouts": "independent"},
-    ),
-    (
-        "E3",
-        "The k-term's ratio is no importance ratio: its mean is off 1 under {}",
-        BROKEN,
-        "mean ratio is 1",
-        {},
-    ),
-    ("E3", "by the predicted amount under {}", EXACT, "mean ratio is exp", {}),
-    (
-        "E4",
-        "On straight flows decomposed and original are one density for every theta under {}",
-        EXACT,
-        "mean, std",
-        {},
-    ),
-    ("E4", "and two under {}", BROKEN, "mean, std", {}),
-    ("E4", "ratios of an updated theta agree under {}", EXACT, "log-ratio", {}),
-    (
-        "E5",
-        "The velocities keep the original's total weight at every step under {}",
-        EXACT,
-        "add up to",
-        {},
-    ),
-    (
-        "E6",
-        "Parameter gradients differ from the original's, by design, under {}",
-        BROKEN,
-        "1 - cosine",
-        {},
-    ),
-    ("E6", "the means meet as steps shrink under {}", ORDER, "over c_1", {}),
-    ("E6", "but the bias of independent rollouts does not vanish under {}", ORDER, "not to 0", {}),
-    (
-        "E7",
-        "The matched form keeps attribution in direction and size, in both rollout modes, under {}",
-        EXACT,
-        "attribution",
-        {},
-    ),
-    ("E7", "its mean ratio (summed log-probabilities) is 1 under {}", EXACT, "mean ratio", {}),
-    (
-        "E8",
-        "Finer steps multiply to the original step if they share one velocity under {}",
-        EXACT,
-        "equal shares",
-        {"what": "score and ratio of the product, equal shares"},
-    ),
-    ("E8", "and to another, if a network is evaluated anew, under {}", BROKEN, "anew", {}),
-    ("E9", "Each term is clipped by itself under {}", EXACT, "after an update", {}),
-    (
-        "E10",
-        "Averaging log-probabilities pulls the mean ratio below 1 under {}",
-        BROKEN,
-        "averaged ratio is 1",
-        {},
-    ),
-    ("E11", "Samples reach spread data as steps shrink under {}", ORDER, "to the data", {}),
-    ("E11", "and miss it under {}", BROKEN, "samples is the data", {}),
-    (
-        "TRUTH",
-        "Against the policy gradient in closed form the original estimator is unbiased under {}",
-        EXACT,
-        "policy gradient",
-        {"k": 1},
-    ),
-    (
-        "TRUTH",
-        "k-terms are biased as printed under {}",
-        BROKEN,
-        "policy gradient",
-        {"form": "paper"},
-    ),
-    ("TRUTH", "and even matched under {}", BROKEN, "policy gradient", {"form": "matched"}),
-    ("MARGINAL", "Samplers have the law that theory gives them under {}", EXACT, "", {}),
-    ("GRADIENT", "Reverse, forward and numerical gradients agree under {}", EXACT, "", {}),
-)
-
-
-def conclusion(rows: Sequence[Row]) -> str:
-    """The referee's answer in at most 15 lines, said from the verdicts alone."""
-    said: dict[str, list[str]] = {}
-    for name, clause, verdict, words, where in SENTENCES:
-        verdicts: dict[str, set[str]] = {}
-        for row in rows:
-            if (
-                row.claim == name
-                and words in row.what
-                and all(getattr(row, f) == v for f, v in where.items())
-            ):
-                verdicts.setdefault(row.kernel, set()).add(row.verdict)
-        kernels = [kernel for kernel, found in verdicts.items() if found == {verdict}]
-        undecided = [kernel for kernel, found in verdicts.items() if UNCLEAR in found]
-        if verdicts:
-            said.setdefault(name, []).append(
-                clause.format(", ".join(kernels) or "no kernel tested")
-                + (f" (undecided: {', '.join(undecided)})" if undecided else "")
-            )
-    lines = [f"{name}: {'; '.join(clauses)}." for name, clauses in said.items()]
-    wrong = sum(row.verdict != row.registered for row in rows)
-    lines.append(
-        {
-            0: f"All {len(rows)} verdicts are the registered ones.",
-            1: f"{wrong} of {len(rows)} verdicts are NOT the registered ones: see the rows marked <-.",
-            3: f"{wrong} of {len(rows)} verdicts are inconclusive; none is wrong.",
-        }[status_of(rows)]
-    )
-    return "\n".join(lines)
-
-
-def environment(bench: Bench) -> dict:
-    """What a report was made with."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    cuda, changed = bench.device.type == "cuda", git("status", "--porcelain")
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "dtype": str(bench.model.dtype if bench.model else bench.dtype).removeprefix("torch."),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-    }
 
 
 def vary_seed(bench: Bench, names: Sequence[str], times: int) -> int:
@@ -1843,189 +1066,10 @@ def vary_seed(bench: Bench, names: Sequence[str], times: int) -> int:
 
 # ---- The program ---------------------------------------------------------------------------------------------
 
-DRAWN = ("E3", "E7", "E10", "TRUTH", "MARGINAL")  # claims with statistical rows
-READ = {  # what each mode reads, beside its own flag; the report reads the rest
-    "against": ("seed",),
-    "vectors": (),
-    "check_vectors": (),
-    "vary_seed": ("claims", "kernels", "factors", "seed", "device"),
-    "model": (
-        "claims",
-        "kernels",
-        "factors",
-        "seed",
-        "device",
-        "json",
-        "plots",
-        "prompt",
-        "dtype",
-        "size",
-    ),
-}
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. Bad usage: one line, status 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error = lambda message: parser.exit(2, f"verify_equivalence.py: error: {message}\n")
-    add = parser.add_argument
-    add(
-        "--claims",
-        nargs="+",
-        choices=tuple(CLAIMS),
-        metavar="CLAIM",
-        help=f"of {' '.join(CLAIMS)} (default: all)",
-    )
-    add("--kernels", nargs="+", choices=KERNELS, help="kernels to test (default: all)")
-    add(
-        "--factors",
-        nargs="+",
-        type=int,
-        metavar="K",
-        help="up to five k to test, each >= 2 (default: 2 3 5)",
-    )
-    add(
-        "--seed",
-        type=int,
-        help="seed of fixtures and samples (default: 0; with --against, a fresh one)",
-    )
-    add("--device", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
-    add("--json", metavar="FILE", help="write all rows, the comparison and the environment")
-    add("--plots", metavar="DIR", help="draw weight.png, cosine.png, gap.png and attribution.png")
-    add(
-        "--vary-seed",
-        type=int,
-        metavar="N",
-        help="repeat the statistical claims with N fresh seeds: the failure rate",
-    )
-    add(
-        "--against",
-        metavar="MODULE:FUNCTION",
-        help="judge another implementation of a transition, a log-probability or "
-        "a loss; python -m pydoc zoo.oracle.judging has the signatures",
-    )
-    add("--vectors", metavar="DIR", help="write golden vectors into a new folder")
-    add("--check-vectors", metavar="DIR", help="recompute golden vectors and compare")
-    add(
-        "--model",
-        metavar="CHECKPOINT",
-        help="test and compare on a checkpoint of train.py ('embedded': the one shipped), or on "
-        "an SD3 or FLUX pipeline, a folder or hub id",
-    )
-    add(
-        "--prompt",
-        nargs="+",
-        metavar="TEXT",
-        help=f"with --model: the prompts (default: {', '.join(fields.PROMPTS)})",
-    )
-    add(
-        "--size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="with --model of a pipeline: pixels (default: 512 512)",
-    )
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32", "float64"),
-        help="with --model: what it computes in (default: float32)",
-    )
-    o = parser.parse_args(argv)
-    try:
-        check(o)
-    except ValueError as problem:
-        parser.error(str(problem))
-    return o
-
-
-def check(o: argparse.Namespace) -> None:
-    """Everything that can be known to be wrong before any work. Raises ValueError of one line."""
-    flag = lambda name: f"--{name.replace('_', '-')}"
-    given = [name for name, value in vars(o).items() if value is not None]
-    mode = next((name for name in READ if name in given), None)
-    unread = [
-        name
-        for name in given
-        if (name not in (mode, *READ[mode]) if mode else name in ("prompt", "dtype", "size"))
-    ]
-    if unread:
-        raise ValueError(
-            f"{flag(unread[0])}: must be left out {'with ' + flag(mode) if mode else 'without --model'}"
-        )
-    tested = o.claims or CLAIMS
-    rules = [
-        (
-            o.factors is None or len(o.factors) <= 5,
-            "factors",
-            "at most five: the false-alarm rate is registered for that",
-        ),
-        (o.seed is None or o.seed >= 0, "seed", "0 or more"),
-        (len(set(o.kernels or ())) == len(o.kernels or ()), "kernels", "distinct"),
-        (len(set(o.claims or ())) == len(o.claims or ()), "claims", "distinct"),
-        (o.vary_seed is None or o.vary_seed >= 1, "vary_seed", "1 or more"),
-        (
-            o.vary_seed is None or set(tested) & set(DRAWN),
-            "claims",
-            f"of {' '.join(DRAWN)} with --vary-seed",
-        ),
-        (
-            not o.model or o.claims is None or all(CLAIMS[c].on_model for c in o.claims),
-            "claims",
-            f"of {' '.join(c for c in CLAIMS if CLAIMS[c].on_model)} with --model",
-        ),
-        (
-            o.device != "cuda" or torch.cuda.is_available(),
-            "device",
-            "cpu: no CUDA device is available",
-        ),
-        (
-            not o.json or (Path(o.json).resolve().parent.is_dir() and not Path(o.json).is_dir()),
-            "json",
-            "a file in a folder that exists",
-        ),
-        (not o.plots or not Path(o.plots).is_file(), "plots", "a folder"),
-    ]
-    for good, name, wanted in rules:
-        if not good:
-            value = getattr(o, name)
-            raise ValueError(
-                f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}: must "
-                f"be {wanted}"
-            )
-    pave.check_factors(o.factors or ())
-    if o.model and is_pipeline(o.model):
-        if o.dtype == "float64":
-            raise ValueError("--dtype float64: must be float32 or bfloat16 with a pipeline")
-        if Path(o.model).is_dir() and not (Path(o.model) / "model_index.json").is_file():
-            raise ValueError(
-                f"--model {o.model}: must be a checkpoint of train.py, a pipeline's folder or a hub id"
-            )
-        return
-    if o.size:
-        raise ValueError(
-            "--size: must be left out for a checkpoint of train.py, whose pictures have one size"
-        )
-    for prompt in o.prompt or ():
-        shapes.parse(prompt)
-    if o.model and o.model != "embedded":
-        shapes_model.load(o.model)
-
-
-def is_pipeline(model: str) -> bool:
-    """A folder, or a hub id OWNER/NAME; anything else is a checkpoint's file."""
-    path = Path(model)
-    return path.is_dir() or (
-        model != "embedded" and not path.exists() and not path.suffix and len(path.parts) == 2
-    )
-
 
 def main(argv: list[str] | None = None) -> int:
     """Judge, write, check, or report: what the command line says. Returns the exit status."""
-    o = parse(argv)
+    o = parse(argv, CLAIMS, __doc__)
     if o.against:
         return judging.main(o.against, o.seed)
     if o.vectors or o.check_vectors:
@@ -2054,7 +1098,7 @@ def main(argv: list[str] | None = None) -> int:
     if o.vary_seed:
         return vary_seed(bench, names, o.vary_seed)
     rows = run_claims(bench, names)
-    print(summarise(rows))
+    print(summarise(rows, CLAIMS))
     if bench.estimates:
         print(f"\n{show_estimates(bench.estimates)}")
     table = (
