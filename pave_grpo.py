@@ -1,51 +1,56 @@
-"""Pave-GRPO: group-relative policy optimisation of a flow, with average-velocity decomposition.
+"""Pave-GRPO from noise to gradient, in one file that knows no model, no reward and no disk.
 
-The method of "Pave-GRPO: Beyond Instantaneous Guidance through Principled Average Velocity Decomposition"
-(arXiv 2606.01636), from noise to gradient, in one file. It knows no model, no reward and no file.
+The method of "Pave-GRPO: Beyond Instantaneous Guidance through Principled Average Velocity
+Decomposition" (arXiv 2606.01636).
 
-Algorithm 1.  Each iteration, with theta_old <- theta:
-  1. sample G members per prompt with T steps, some of them stochastic:       rollout_independent,
-     x_t -> x_s ~ p_old(x_s|x_t) = N(mu_old, std^2 I)                         rollout_shared_anchor
-  2. reward every finished sample; A = (r - mean r) / std r in its group      group_advantages
-  3. for every observed transition and every k in {1} + S:                    decompose
-       p^(k) = (k-1) ODE sub-steps, then one SDE sub-step, from the same x_t to the same x_s
-       ratio_k = p^(k)_theta(x_s|x_t) / p^(k)_old(x_s|x_t)                    k = 1 is the sampled step
-  4. ascend J = mean sum_k w_k min(ratio_k A, clip(ratio_k) A) - kl KL        policy_loss
-     with w_1 = 1 and w_k = 1/|S|: nothing new is sampled, nothing new is rewarded.
-
-  symbol    name here        shape                 meaning, range
-  x         x_s              [P, n, G, *event]     state; P prompts, n stochastic steps, G members
-            x_t, x_0         as in Rollout         where the step began; what is rewarded
-  t, s      t, s             [B], float64          0 <= s < t <= 1: a step goes from t down to s
-  v         v                like x                velocity dx/dt = E[x_1 - x_0 | x_t]
-  k, S      k, factors       integers >= 2         sub-steps of a decomposition, and the set of them
-  eta       eta              > 0                   how stochastic the kernel is
-  mu        mean             like x                mean of a transition
-  c_k       std              [B], float64          standard deviation of a transition (never g)
-  g         g                scalar                diffusion coefficient; std = g sqrt(t - s) where both exist
-  r, A      rewards,         [P, N, G]             N = n groups per prompt with a shared anchor (one per
-            advantages                             stochastic step), N = 1 with independent members
+Algorithm 1. Each iteration, with theta_old <- theta:
+  1. sample G members per prompt; some of the T steps are stochastic:   rollout_independent,
+     x_s ~ p_old(x_s|x_t) = N(mu_old, std^2 I)                          rollout_shared_anchor
+  2. reward every finished sample; A = (r - mean r) / std r             group_advantages
+  3. score each observed x_t -> x_s again, for every k in {1} + S:      decompose
+     p^(k) = (k-1) ODE sub-steps, then one SDE sub-step
+     ratio_k = p^(k)_theta(x_s|x_t) / p^(k)_old(x_s|x_t)                k = 1: the sampled step
+  4. ascend J = mean sum_k w_k min(ratio_k A, clip(ratio_k) A) - kl KL  policy_loss
+     with w_1 = 1 and w_k = 1/|S|: nothing new is sampled, nothing new is rewarded
 
 Time: t = 1 is noise, t = 0 is data, x_t = (1-t) x_0 + t x_1 (rectified flow).
-A velocity is any callable velocity(x, t, c) -> v with x [B, *event], t [B] like x and c [B], the integer index of
-the prompt a row belongs to. Images, packed latents, video and a point in the plane are all the same to it:
+Axes: P prompts, n stochastic steps, G members of a group; *event is the shape of one state.
 
-    >>> net = torch.nn.Linear(3, 2, dtype=torch.float32)
-    >>> velocity = lambda x, t, c: net(torch.cat([x, t[:, None]], dim=1))
+  symbol   shape               meaning, range
+  x_1      [P, 1|G, *event]    the noise a trajectory starts from, shared by its group or not
+  x_t      [P, n, 1|G, *event] where a stochastic step began: one state per group, or G
+  x_s      [P, n, G, *event]   where it ended, the observed action
+  x_0      [P, N, G, *event]   what is rewarded; N = n (shared anchor) or 1 (independent)
+  z        [P, n, G, *event]   standard normal noise of the stochastic steps
+  t, s     [B], float64        a step goes from t down to s, 0 <= s < t <= 1; B rows of a batch
+  v        like x              velocity dx/dt = E[x_1 - x_0 | x_t]
+  k, S     integers >= 2       sub-steps of a decomposition; S ("factors"), the set of them
+  eta      > 0                 how stochastic a kernel is; g its diffusion coefficient
+  mu, std  like x; [B]         mean and standard deviation of a transition (mu^(k), c_k; never g)
+  r, A     [P, N, G]           reward and advantage
+
+A velocity is any callable velocity(x, t, prompt) -> v with x [B, *event], t [B] like x and
+prompt [B], the integer index of the prompt a row belongs to. Pictures, packed latents, video
+and a point in the plane are all the same to it:
+
+    >>> net = torch.nn.Linear(3, 2)
+    >>> def velocity(x, t, prompt):
+    ...     return net(torch.cat([x, t[:, None]], dim=1))
     >>> process = Process(schedule(8), kernel="cps", eta=0.7)
     >>> noise = draw_noise([torch.Generator().manual_seed(0)], group_size=16, shape=(2,), n_steps=3)
     >>> rollout = rollout_shared_anchor(velocity, process, noise, sde_steps=[0, 2, 4])
-    >>> rewards = -rollout.x_0.square().sum(dim=-1)                  # pull the point towards the origin
+    >>> rewards = -rollout.x_0.square().sum(dim=-1)               # pull points to the origin
     >>> result = policy_loss(velocity, rollout, group_advantages(rewards), factors=(2, 3))
-    >>> result.loss.backward()                                      # then step any optimiser of net
+    >>> result.loss.backward()                                    # then step an optimiser of net
     >>> rollout.x_s.shape, rewards.shape, result.terms[3].ratio_mean
     (torch.Size([1, 3, 16, 2]), torch.Size([1, 3, 16]), 1.0)
 
-Departures from the paper: form="matched" scores x_s under a density centred on the one that produced it (E7);
-term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero, not rounding noise over eps.
-The released code has no clip and no KL and averages log-probabilities over dimensions ("mean", our default;
-"sum" is the true density, E10). A sum over T steps in the paper is a mean over the n stochastic ones here.
-Statements named E1, E2, ... are listed in README.md.
+Departures from the paper: form="matched" scores x_s under a density centred on the one that
+produced it (E7); term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero,
+where rounding noise over eps would do. The released code has no clip and no KL, and averages
+log-probabilities over dimensions: "mean", our default; "sum" is the true density (E10). The
+paper's sum over T steps is a mean over the n stochastic ones. E1, E2, ... are statements that
+verify_equivalence.py puts to the test (docs/VERDICTS.md).
 """
 
 from __future__ import annotations
@@ -63,50 +68,35 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def per_row(w: Tensor, x: Tensor) -> Tensor:
-    """A number per row, w [*batch], cast to x's dtype and shaped to multiply x [*batch, *event]."""
+    """A number per row, w [*batch], in x's dtype and shaped to multiply x [*batch, *event]."""
     return w.to(x.dtype).reshape(w.shape + (1,) * (x.ndim - w.ndim))
 
 
-def evaluate(velocity: Velocity, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """v(x, t, c) in the dtype of the state, whatever the model computes in.
+def evaluate(velocity: Velocity, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+    """v(x, t, prompt) in the dtype of the state, whatever the model computes in.
 
-    Raises ValueError for a wrong shape, and for a state below float32: a sampler in half precision is another sampler.
+    Raises ValueError for a v of another shape than x, and for a state below float32.
     """
     if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x of dtype {x.dtype}: the state must be float32 or float64, whatever the model computes in")
-    v = velocity(x, t.to(x.dtype), c)
+        raise ValueError(f"x of dtype {x.dtype}: must be float32 or float64, whatever the model's")
+    v = velocity(x, t.to(x.dtype), prompt)
     if v.shape != x.shape:
-        raise ValueError(f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x.shape)}: must be equal")
+        raise ValueError(f"velocity returned shape {tuple(v.shape)}: must be x's, {tuple(x.shape)}")
     return v.to(x.dtype)
 
 
-# ---- Schedule and predicted ends ---------------------------------------------------------------------------
+def schedule(T: int, shift: float = 1.0) -> Tensor:
+    """The grid 1 = t_0 > ... > t_T = 0, float64 [T+1]: t = shift u / (1 + (shift-1) u), u uniform.
 
-
-def schedule(steps: int, shift: float = 1.0) -> Tensor:
-    """The grid 1 = t_0 > ... > t_T = 0, float64 [T+1]: uniform u, then t = shift u / (1 + (shift-1) u).
-
-    steps >= 1 is T; shift > 0, above 1 spends more steps near the noise (FLUX and SD3 use 3).
+    T >= 1. shift > 0; above 1 it spends more steps near the noise (FLUX and SD3 use 3).
     """
-    if steps < 1 or not 0 < shift < math.inf:
-        raise ValueError(f"schedule(steps={steps}, shift={shift}): steps must be >= 1 and shift > 0")
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if T < 1 or not 0 < shift < math.inf:
+        raise ValueError(f"schedule(T={T}, shift={shift}): must be T >= 1 and shift > 0")
+    u = torch.linspace(1, 0, T + 1, dtype=torch.float64)
     return u / (u + (1 - u) / shift)  # the same function, written so that both ends are exact
 
 
-class Ends(NamedTuple):
-    """The two ends a velocity predicts for a state, each like x."""
-
-    x0_hat: Tensor  # data
-    x1_hat: Tensor  # noise
-
-
-def predicted_ends(x: Tensor, v: Tensor, t: Tensor) -> Ends:
-    """x0_hat = x - t v,  x1_hat = x + (1-t) v. t is [B]; x and v are [B, *event]."""
-    return Ends(x - per_row(t, x) * v, x + per_row(1 - t, x) * v)
-
-
-# ---- The policy is a Gaussian ------------------------------------------------------------------------------
+# ---- The policy is a Gaussian --------------------------------------------------------------------
 
 
 class Transition(NamedTuple):
@@ -115,34 +105,35 @@ class Transition(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """x_s = mean + std * noise, noise ~ N(0, I) given by the caller."""
-        return self.mean + per_row(self.std, self.mean) * noise
+    def sample(self, z: Tensor) -> Tensor:
+        """x_s = mean + std z, with z ~ N(0, I) given by the caller."""
+        return self.mean + per_row(self.std, self.mean) * z
 
     def log_prob(self, x: Tensor, reduction: str = "mean") -> Tensor:
         """log N(x; mean, std^2 I), constants included, float64 [*batch].
 
-        x broadcasts against mean: one mean can score a whole group. reduction "sum" is the log-density
+        x broadcasts against mean: one mean can score a whole group. reduction "sum" is the density,
             sum_d -(x - mean)_d^2 / (2 std^2) - log std - log(2 pi)/2,
-        "mean" divides it by the number of dimensions (the field's convention, E10). Raises ValueError where
-        std is zero: a Dirac has no density.
+        "mean" divides it by the number of dimensions (the field's convention, E10). Raises
+        ValueError where std is zero: a Dirac has no density.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
         if not bool((self.std > 0).all()):
-            raise ValueError(f"std={self.std.min().item()}: a transition with zero std has no density")
+            raise ValueError(f"std={self.std.min().item()}: must be positive to have a density")
         z = (x - self.mean) / per_row(self.std, x)
-        # Added up in float64: a float32 sum over an image would be off by more than a clip range.
-        squares = z.double().reshape(*z.shape[: self.std.ndim], -1).square()
-        per_dimension = -squares.mean(-1) / 2 - self.std.log() - math.log(2 * math.pi) / 2
-        return per_dimension * (squares.shape[-1] if reduction == "sum" else 1)
+        # Added up in float64: a float32 sum over a picture would be off by more than a clip range.
+        z = z.double().reshape(*z.shape[: self.std.ndim], -1)
+        per_dimension = -z.square().mean(-1) / 2 - self.std.log() - math.log(2 * math.pi) / 2
+        return per_dimension * (z.shape[-1] if reduction == "sum" else 1)
 
     def unflatten(self, batch: tuple[int, ...]) -> Transition:
         """The same transitions with their one batch axis split into several."""
-        return Transition(self.mean.unflatten(0, batch), self.std.unflatten(0, batch))
+        event = self.mean.shape[1:]
+        return Transition(self.mean.reshape(*batch, *event), self.std.reshape(batch))
 
 
-# ---- Kernels: x_s | x_t ~ N(a x + b v, std^2 I) -----------------------------------------------------------
+# ---- Kernels: x_s | x_t ~ N(a x + b v, std^2 I) --------------------------------------------------
 
 
 class Coefficients(NamedTuple):
@@ -153,44 +144,54 @@ class Coefficients(NamedTuple):
     std: Tensor
 
 
+Kernel = Callable[[Tensor, Tensor, float, Tensor], Coefficients]
+
+
 def flow_sde(t: Tensor, s: Tensor, eta: float, t_1: Tensor) -> Coefficients:
-    """Flow-GRPO's step, F_sde^mar: Euler-Maruyama on the marginal-preserving SDE with g = eta sqrt(t/(1-t)).
+    """Flow-GRPO's step, F_sde^mar: Euler-Maruyama, marginals kept by g = eta sqrt(t/(1-t)).
 
     a = 1 - g^2 D/(2t),  b = -(1 + g^2 (1-t)/(2t)) D,  std = g sqrt(D),  D = t - s.
-    At t = 1, where g is infinite, the field evaluates g, and only g, at t/(1 - t_1), t_1 the grid's second point.
+    At t = 1, where g is infinite, the field takes t_1, the grid's second point, for t in 1 - t.
     """
     D = t - s
     g2 = eta**2 * t / (1 - torch.where(t == 1, t_1, t))
-    return Coefficients(1 - g2 * D / (2 * t), -(1 + g2 * (1 - t) / (2 * t)) * D, (g2 * D).sqrt())
+    a = 1 - g2 * D / (2 * t)
+    b = -(1 + g2 * (1 - t) / (2 * t)) * D
+    return Coefficients(a, b, (g2 * D).sqrt())
 
 
 def cps(t: Tensor, s: Tensor, eta: float, t_1: Tensor) -> Coefficients:
-    """Flow-CPS's step, F_sde^snr: mean (1-s) x0_hat + s cos(h) x1_hat, std s sin(h), h = eta pi/2, 0 < eta <= 1.
+    """Flow-CPS's step, F_sde^snr: signal and noise keep their levels. h = eta pi/2, 0 < eta <= 1.
 
-    a = (1-s) + s cos(h),  b = -(1-s) t + s cos(h) (1-t): signal and noise keep their levels exactly.
-    At s = 0 the step is a Dirac (std = 0). Raises ValueError for eta above 1, where cos(h) turns negative.
+    mean = (1-s) x0_hat + s cos(h) x1_hat of the predicted ends x0_hat = x - t v, x1_hat = x +
+    (1-t) v:  a = (1-s) + s cos(h),  b = -(1-s) t + s cos(h) (1-t),  std = s sin(h).
+    At s = 0 the step is a Dirac, std = 0. Raises ValueError for eta > 1, where cos(h) < 0.
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta={eta}: the cps kernel needs 0 < eta <= 1")
     cos, sin = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
-    return Coefficients((1 - s) + s * cos, -(1 - s) * t + s * cos * (1 - t), s * sin)
+    a = (1 - s) + s * cos
+    b = -(1 - s) * t + s * cos * (1 - t)
+    return Coefficients(a, b, s * sin)
 
 
 def dance(t: Tensor, s: Tensor, eta: float, t_1: Tensor) -> Coefficients:
-    """DanceGRPO's step: as flow_sde with a constant diffusion coefficient g = eta.
+    """DanceGRPO's step: as flow_sde, with a constant diffusion coefficient g = eta.
 
     a = 1 - eta^2 D/(2t),  b = -D - eta^2 D (1-t)/(2t),  std = eta sqrt(D),  D = t - s.
     """
     D = t - s
-    return Coefficients(1 - eta**2 * D / (2 * t), -D - eta**2 * D * (1 - t) / (2 * t), eta * D.sqrt())
+    a = 1 - eta**2 * D / (2 * t)
+    b = -D - eta**2 * D * (1 - t) / (2 * t)
+    return Coefficients(a, b, eta * D.sqrt())
 
 
-KERNELS = {"flow_sde": flow_sde, "cps": cps, "dance": dance}  # to add a kernel, add an entry
+KERNELS: dict[str, Kernel] = {"flow_sde": flow_sde, "cps": cps, "dance": dance}
 
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """What turns a velocity into a policy: a decreasing grid [T+1] in [0, 1], a kernel's name, and eta > 0.
+    """What makes a velocity a policy: a decreasing grid [T+1] in [0, 1], a kernel and eta > 0.
 
     The grid is kept in float64 on the CPU. Raises ValueError for anything else, before any work.
     """
@@ -199,16 +200,10 @@ class Process:
     kernel: str = "flow_sde"
     eta: float = 0.7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         grid = torch.as_tensor(self.grid, dtype=torch.float64, device="cpu")
-        if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0):
-            raise ValueError(f"grid={grid.tolist()}: must hold two or more times that strictly decrease within [0, 1]")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel={self.kernel!r}: must be one of {', '.join(KERNELS)}")
-        if not 0 < self.eta < math.inf:
-            raise ValueError(f"eta={self.eta}: must be a positive number")
         object.__setattr__(self, "grid", grid)
-        self.coefficients(grid[:-1], grid[1:])  # the kernel may refuse this eta: now rather than later
+        check_process(self)
 
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
         """(a, b, std) of the kernel's step t -> s, float64, shaped like t."""
@@ -220,247 +215,216 @@ class Process:
         return Transition(per_row(a, x) * x + per_row(b, x) * v, std)
 
     def stochastic_steps(self, sde_steps: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The steps i (from t_i to t_{i+1}) that are stochastic: those named, or None for all with a density.
+        """The steps i, from t_i to t_{i+1}, that are stochastic: those named, or all that can be.
 
-        Raises ValueError for a step outside 0..T-1, out of order, or without a density (cps ending at s = 0).
+        A step can be where its std is positive; cps ending at s = 0 cannot. Raises ValueError for
+        a step that cannot be, is outside 0..T-1, or is out of order.
         """
         std = self.coefficients(self.grid[:-1], self.grid[1:]).std
         if sde_steps is None:
             return tuple(torch.nonzero(std > 0).flatten().tolist())
-        steps = tuple(sde_steps)  # noise and term_weights come in their order
-        if not steps or any(type(i) is not int for i in steps) or any(i >= j for i, j in pairwise(steps)) \
-                or not 0 <= steps[0] <= steps[-1] < len(std):
-            raise ValueError(f"sde_steps={list(sde_steps)}: must be increasing integers from 0 to {len(std) - 1}")
-        for i in steps:
-            if not std[i] > 0:
-                raise ValueError(f"sde_steps={list(sde_steps)}: step {i} ends at t = {self.grid[i + 1].item():g}, "
-                                 f"where the {self.kernel} kernel has zero std and no density; leave it out")
-        return steps
+        check_steps(self, std, sde_steps)
+        return tuple(sde_steps)
 
 
-# ---- Decomposition -----------------------------------------------------------------------------------------
+# ---- Decomposition -------------------------------------------------------------------------------
 #
-#   k = 1   x_t ~~~~~~~~~~~~~~~~~ SDE ~~~~~~~~~~~~~~~~~> x_s     observed; its velocity is v(x_t, t) alone
-#   k = 2   x_t ------ ODE ------> x' ~~~~~~ SDE ~~~~~~> x_s     the same two ends, the same reward, but now
-#   k = 3   x_t -- ODE --> x' -- ODE --> x'' ~~~ SDE ~~> x_s     v(x', t'), v(x'', t'') are supervised too
+#   k = 1   x_t ~~~~~~~~~~~~~~~~~ SDE ~~~~~~~~~~~~~~~~~> x_s   observed; supervises v(x_t, t) alone
+#   k = 2   x_t ------ ODE ------> x' ~~~~~~ SDE ~~~~~~> x_s   the same ends and the same reward,
+#   k = 3   x_t -- ODE --> x' -- ODE --> x'' ~~~ SDE ~~> x_s   but now v(x', t') is supervised too
 #           t                                            s
 
 
-def check_factors(factors: Sequence[int]) -> tuple[int, ...]:
-    """S as a sorted tuple. Raises ValueError unless it holds distinct integers >= 2 (empty: plain GRPO)."""
-    if any(type(k) is not int or k < 2 for k in factors) or len(set(factors)) < len(factors):
-        raise ValueError(f"factors={list(factors)}: must be distinct integers >= 2 (k = 1, the coarse step, is in)")
-    return tuple(sorted(factors))
+def decompose(
+    velocity: Velocity,
+    process: Process,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    prompt: Tensor,
+    factors: Sequence[int],
+) -> dict[int, Transition]:
+    """p^(k)(x_s | x_t) for k = 1 and every k in factors: k-1 Euler sub-steps, one SDE sub-step.
 
-
-def decompose(velocity: Velocity, process: Process, x: Tensor, t: Tensor, s: Tensor, c: Tensor,
-              factors: Sequence[int]) -> dict[int, Transition]:
-    """p^(k)(x_s | x_t) for k = 1 and every k in factors: k-1 Euler sub-steps, then one SDE sub-step.
-
-    With d = (t-s)/k, x^(j+1) = x^(j) - d v_j and v_j = v(x^(j), t - j d), this is
-        mu^(k) = a_k x^(k-1) + b_k v_{k-1} = a_k x_t - a_k d sum_{j<k-1} v_j + b_k v_{k-1},
-    (a_k, b_k, c_k) the kernel's step s + d -> s. x is [B, *event]; t, s float64 [B]; c [B].
-    All chains advance in lock step and share their first velocity: max(S) calls, 1 + sum_k (k-1) evaluations a
-    row. Gradients flow through every velocity and every intermediate state. Returns {k: Transition}, k = 1 first.
+    With d = (t-s)/k, x_{j+1} = x_j - d v_j and v_j = v(x_j, t - j d), from x_0 = x:
+        mu^(k) = a x_{k-1} + b v_{k-1},  (a, b, std) the kernel's for its last sub-step s + d -> s.
+    x is [B, *event]; t, s float64 [B]; prompt [B]. Costs 1 + sum_k (k-1) evaluations a row, v_0
+    being shared. Gradients flow through every velocity and every state. Returns {k: p^(k)}.
     """
-    chains = dict.fromkeys((1, *check_factors(factors)), x)  # k -> x^(j)
-    velocities = dict.fromkeys(chains, evaluate(velocity, x, t, c))  # k -> v_j
-    transitions = {}
-    for j in range(max(chains)):
-        # SDE sub-step of the one chain that has reached its end, s + d = t - (k-1) d.
-        k = j + 1
-        if k in chains:
-            transitions[k] = process.transition(chains.pop(k), velocities.pop(k), t - j * (t - s) / k, s)
-        # Euler sub-step of the others, and one call for all their next velocities.
-        if chains:
-            for k in chains:
-                chains[k] = chains[k] - per_row((t - s) / k, x) * velocities[k]
-            times = [t - (j + 1) * (t - s) / k for k in chains]
-            v = evaluate(velocity, torch.cat([*chains.values()]), torch.cat(times), c.repeat(len(chains)))
-            velocities = dict(zip(chains, v.chunk(len(chains)), strict=True))
+    v_0 = evaluate(velocity, x, t, prompt)
+    transitions = {1: process.transition(x, v_0, t, s)}
+    for k in check_factors(factors):
+        d = (t - s) / k
+        x_j, v_j = x, v_0
+        for j in range(1, k):
+            x_j = x_j - per_row(d, x) * v_j
+            v_j = evaluate(velocity, x_j, t - j * d, prompt)
+        transitions[k] = process.transition(x_j, v_j, t - (k - 1) * d, s)
     return transitions
 
 
-# ---- Sampling a group --------------------------------------------------------------------------------------
+# ---- Sampling a group ----------------------------------------------------------------------------
 
 
 class Noise(NamedTuple):
-    """All the randomness of a rollout: start = x_1, [P, 1 or G, *event]; steps [P, n, G, *event]."""
+    """All the randomness of a rollout: x_1 [P, 1|G, *event] and z [P, n, G, *event]."""
 
-    start: Tensor
-    steps: Tensor
+    x_1: Tensor
+    z: Tensor
 
 
-def draw_noise(generators: Sequence[torch.Generator], group_size: int, shape: Sequence[int], n_steps: int,
-               own_start: bool = False, dtype: torch.dtype = torch.float32,
-               device: str | torch.device = "cpu") -> Noise:
-    """Standard normal noise, one generator per prompt, so that a prompt's noise depends on nothing else.
+def draw_noise(
+    generators: Sequence[torch.Generator],
+    group_size: int,
+    shape: Sequence[int],
+    n_steps: int,
+    own_start: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Noise:
+    """Noise from one generator per prompt, so that a prompt's noise depends on nothing else.
 
-    Drawn on the generator's device, start first, then moved: CPU generators give the same noise everywhere.
-    own_start gives every member its own x_1 (independent rollouts); otherwise the group shares one.
+    Drawn on the generator's device, x_1 first, then moved: CPU generators give the same noise
+    everywhere. own_start gives every member its own x_1 (independent rollouts), else one is shared.
     """
-    if not generators or group_size < 2 or n_steps < 1:
-        raise ValueError(f"{len(generators)} generators, group_size={group_size}, n_steps={n_steps}: must be one "
-                         f"generator per prompt, two or more members, one or more steps")
-    rows = [group_size if own_start else 1, n_steps * group_size]
-    draws = [[torch.randn(r, *shape, generator=g, device=g.device, dtype=dtype) for r in rows] for g in generators]
-    start, steps = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
-    return Noise(start, steps.unflatten(1, (n_steps, group_size)))
+    check_draw(len(generators), group_size, n_steps)
+    x_1, z = [], []
+    for g in generators:
+        starts = group_size if own_start else 1
+        x_1.append(torch.randn(starts, *shape, generator=g, device=g.device, dtype=dtype))
+        z.append(
+            torch.randn(n_steps, group_size, *shape, generator=g, device=g.device, dtype=dtype)
+        )
+    return Noise(torch.stack(x_1).to(device), torch.stack(z).to(device))
 
 
 class Rollout(NamedTuple):
-    """Sampled groups: everything the loss needs. A = 1 state x_t per group (shared anchor) or G of them."""
+    """Sampled groups: everything the loss needs. Shapes as in the module's table."""
 
     process: Process
     sde_steps: tuple[int, ...]  # n of them
-    x_t: Tensor  # [P, n, A, *event], where the stochastic step began
-    x_s: Tensor  # [P, n, G, *event], where it ended: the observed action
-    log_prob: Tensor  # [P, n, G], log p_old(x_s | x_t) stored while sampling, summed over dimensions
-    x_0: Tensor  # [P, N, G, *event], to be rewarded; N = n (shared anchor) or 1 (independent)
-    anchor_x_0: Tensor | None  # [P, *event], the ODE's own sample, if it was asked for
+    x_t: Tensor
+    x_s: Tensor
+    log_prob: Tensor  # [P, n, G], log p_old(x_s | x_t) stored while sampling, summed
+    x_0: Tensor
 
 
-def sde_step(velocity: Velocity, process: Process, x: Tensor, i: int) -> tuple[Tensor, Transition]:
+Observed = tuple[Tensor, Tensor, Tensor]  # x_t, x_s and log p(x_s | x_t) of one stochastic step
+
+
+def rollout_of(
+    process: Process, steps: tuple[int, ...], observed: list[Observed], x_0: Tensor
+) -> Rollout:
+    """The observed steps side by side on axis 1."""
+    x_t = torch.stack([x_t for x_t, _, _ in observed], dim=1)
+    x_s = torch.stack([x_s for _, x_s, _ in observed], dim=1)
+    log_prob = torch.stack([log_prob for _, _, log_prob in observed], dim=1)
+    return Rollout(process, steps, x_t, x_s, log_prob, x_0)
+
+
+def look_ahead(
+    velocity: Velocity, process: Process, x: Tensor, i: int
+) -> tuple[Tensor, Transition]:
     """v and p(. | x) of every row of x [P, R, *event] at step i of the grid, in one call."""
     P, R = x.shape[:2]
-    c = torch.arange(P, device=x.device).repeat_interleave(R)
-    t, s = (process.grid[j].to(x.device).expand(P * R) for j in (i, i + 1))
-    v = evaluate(velocity, x.flatten(0, 1), t, c)
-    return v.unflatten(0, (P, R)), process.transition(x.flatten(0, 1), v, t, s).unflatten((P, R))
-
-
-def check_noise(noise: Noise, sde_steps: tuple[int, ...], starts: Sequence[int]) -> None:
-    """Raises ValueError where the noise does not fit the steps, or has not one of the given numbers of starts."""
-    P, n = noise.steps.shape[:2]
-    if n != len(sde_steps) or noise.start.shape not in [(P, a, *noise.steps.shape[3:]) for a in starts]:
-        raise ValueError(f"noise with start {tuple(noise.start.shape)} and steps {tuple(noise.steps.shape)}: for "
-                         f"{len(sde_steps)} stochastic steps, need start [P, {' or '.join(map(str, starts))}, *event] "
-                         f"and steps [P, {len(sde_steps)}, G, *event]")
+    prompt = torch.arange(P, device=x.device).repeat_interleave(R)
+    t = process.grid[i].to(x.device).expand(P * R)
+    s = process.grid[i + 1].to(x.device).expand(P * R)
+    rows = x.flatten(0, 1)
+    v = evaluate(velocity, rows, t, prompt)
+    return v.reshape(x.shape), process.transition(rows, v, t, s).unflatten((P, R))
 
 
 @torch.no_grad()
-def rollout_independent(velocity: Velocity, process: Process, noise: Noise,
-                        sde_steps: Sequence[int] | None = None) -> Rollout:
-    """G trajectories per prompt, each its own chain (Algorithm 1 as printed); the other steps are ODE.
+def rollout_independent(
+    velocity: Velocity, process: Process, noise: Noise, sde_steps: Sequence[int] | None = None
+) -> Rollout:
+    """G trajectories per prompt, each a chain of its own (Algorithm 1 as printed).
 
-    x_1 is shared by the group or each member's own, as the noise has it. One velocity call per time. Raises
-    ValueError for steps or noise that do not fit.
+    Steps that are not stochastic are Euler steps of the ODE. x_1 is shared by the group or each
+    member's own, as the noise has it. One velocity call per time. Raises ValueError for steps or
+    noise that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
-    P, G = noise.steps.shape[0], noise.steps.shape[2]
+    P, _, G = noise.z.shape[:3]
     check_noise(noise, steps, starts=(1, G))
-    x = noise.start.expand(P, G, *noise.start.shape[2:])
-    observed = []  # (x_t, x_s, log p) of each stochastic step
+    x = noise.x_1.expand(P, G, *noise.x_1.shape[2:])
+    observed: list[Observed] = []
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
-        v, p = sde_step(velocity, process, x, i)
+        v, p = look_ahead(velocity, process, x, i)
         if i in steps:
-            x_s = p.sample(noise.steps[:, len(observed)])
+            x_s = p.sample(noise.z[:, len(observed)])
             observed.append((x, x_s, p.log_prob(x_s, "sum")))
             x = x_s
         else:
             x = x - (t - s) * v
-    x_t, x_s, log_prob = (torch.stack(column, dim=1) for column in zip(*observed, strict=True))
-    return Rollout(process, steps, x_t, x_s, log_prob, x.unsqueeze(1), None)
+    return rollout_of(process, steps, observed, x.unsqueeze(1))
 
 
 @torch.no_grad()
-def rollout_shared_anchor(velocity: Velocity, process: Process, noise: Noise,
-                          sde_steps: Sequence[int] | None = None, finish_anchor: bool = False) -> Rollout:
-    """One ODE trajectory per prompt; at each stochastic step G members branch from it and finish by ODE.
+def rollout_shared_anchor(
+    velocity: Velocity, process: Process, noise: Noise, sde_steps: Sequence[int] | None = None
+) -> Rollout:
+    """One ODE trajectory per prompt, the anchor; at each stochastic step G members branch from it.
 
-    Each (prompt, step) is its own group (the released training setting). The anchor stops after its last
-    stochastic step unless finish_anchor. All live rows of all prompts advance in one velocity call per time.
-    Raises ValueError for steps or noise that do not fit.
+    They finish by ODE, and each (prompt, step) is a group of its own: the released training
+    setting. The anchor stops after its last stochastic step. All live rows advance in one velocity
+    call per time. Raises ValueError for steps or noise that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
-    (P, n, G), event = noise.steps.shape[:3], noise.steps.shape[3:]
     check_noise(noise, steps, starts=(1,))
-    anchor, branches = noise.start, noise.start.new_empty(P, 0, *event)  # [P, 1, ...], [P, branched so far * G, ...]
-    observed = []
+    anchor = noise.x_1  # [P, 1, *event]
+    members = noise.x_1[:, :0]  # [P, G * steps branched so far, *event]
+    observed: list[Observed] = []
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
-        x = torch.cat([anchor, branches], dim=1)
-        v, p = sde_step(velocity, process, x, i)
-        moved = x - (t - s) * v  # ODE step of every row
-        alive = anchor.shape[1]
-        anchor, branches = moved[:, :alive], moved[:, alive:]
-        if i in steps:  # G members leave the anchor by an SDE step
-            p = Transition(p.mean[:, :1], p.std[:, :1])
-            x_s = p.sample(noise.steps[:, len(observed)])
+        x = torch.cat([anchor, members], dim=1)
+        v, p = look_ahead(velocity, process, x, i)
+        moved = x - (t - s) * v  # an ODE step of every row
+        anchor, members = moved[:, : anchor.shape[1]], moved[:, anchor.shape[1] :]
+        if i in steps:
+            p = Transition(p.mean[:, :1], p.std[:, :1])  # from the anchor
+            x_s = p.sample(noise.z[:, len(observed)])
             observed.append((x[:, :1], x_s, p.log_prob(x_s, "sum")))
-            branches = torch.cat([branches, x_s], dim=1)
-        if i == steps[-1] and not finish_anchor:
+            members = torch.cat([members, x_s], dim=1)
+        if i == steps[-1]:
             anchor = anchor[:, :0]
-    x_t, x_s, log_prob = (torch.stack(column, dim=1) for column in zip(*observed, strict=True))
-    anchor_x_0 = anchor.squeeze(1) if finish_anchor else None
-    return Rollout(process, steps, x_t, x_s, log_prob, branches.unflatten(1, (n, G)), anchor_x_0)
+    x_0 = members.reshape(noise.z.shape)
+    return rollout_of(process, steps, observed, x_0)
 
 
 @torch.no_grad()
 def ode_sample(velocity: Velocity, grid: Tensor, x: Tensor) -> Tensor:
-    """Euler along the grid, x <- x - (t - s) v(x, t), from x_1 = x [B, *event] to x_0; row b has c = b."""
-    c = torch.arange(len(x), device=x.device)
+    """x_0 by Euler steps x <- x - (t - s) v from x = x_1 [B, *event]; row b asks prompt b."""
+    prompt = torch.arange(len(x), device=x.device)
     for t, s in pairwise(grid.tolist()):
-        x = x - (t - s) * evaluate(velocity, x, torch.full((len(x),), t, dtype=torch.float64, device=x.device), c)
+        times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+        x = x - (t - s) * evaluate(velocity, x, times, prompt)
     return x
 
 
-# ---- Advantages --------------------------------------------------------------------------------------------
+# ---- Advantages ----------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: Tensor, ddof: int = 1, eps: float = 1e-8, clamp: float | None = 5.0) -> Tensor:
-    """A = (r - mean r) / (std r + eps) over the last axis of rewards [..., G], then clamped to [-clamp, clamp].
+def group_advantages(
+    rewards: Tensor, ddof: int = 1, eps: float = 1e-8, clamp: float | None = 5.0
+) -> Tensor:
+    """A = (r - mean r) / (std r + eps) over the last axis of [..., G], clamped to [-clamp, clamp].
 
-    The released defaults: ddof 1, eps 1e-8, clamp 5, which cannot act for G <= 26 since |A| <= (G-1)/sqrt(G); where
-    it does act, sum A = 0 and with it E2 are lost. A group of equal rewards gets exact zeros, not rounding noise
-    over eps; it stays in every mean. The result is float32, or float64 if the rewards are. Raises ValueError for a
-    reward that is not finite.
+    The released defaults. A clamp at 5 cannot act for G <= 26, since |A| <= (G-1)/sqrt(G); where
+    a clamp acts, sum A = 0 is lost, and E2 with it. A group of equal rewards gets exact zeros and
+    stays in every mean. float32, or float64 if the rewards are. Raises ValueError for a reward that
+    is not finite.
     """
-    G = rewards.shape[-1]
-    if G < 2 or ddof not in (0, 1) or not eps >= 0 or not (clamp is None or clamp > 0):
-        raise ValueError(f"group of {G}, ddof={ddof}, eps={eps}, clamp={clamp}: must be a group of 2 or more, "
-                         f"ddof 0 or 1, eps >= 0, clamp > 0 or None")
-    if not bool(rewards.isfinite().all()):
-        raise ValueError(f"rewards: {(~rewards.isfinite()).sum().item()} of {rewards.numel()} are not finite")
+    check_group(rewards, ddof, eps, clamp)
     r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = r - r.mean(-1, keepdim=True)
     equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)
-    advantages = centred / torch.where(equal, 1, r.std(-1, correction=ddof, keepdim=True) + eps)
-    advantages = torch.where(equal, 0, advantages)
-    return advantages if clamp is None else advantages.clamp(-clamp, clamp)
+    std = r.std(-1, correction=ddof, keepdim=True)
+    A = torch.where(equal, 0, centred / torch.where(equal, 1, std + eps))
+    return A if clamp is None else A.clamp(-clamp, clamp)
 
 
-# ---- Loss --------------------------------------------------------------------------------------------------
-
-
-class Old(NamedTuple):
-    """theta_old, remembered from the first pass over a rollout, detached; one entry per k."""
-
-    means: dict[int, Tensor]  # mu^(k)_old, [P, n, A, *event]
-    log_probs: dict[int, Tensor]  # of x_s under what was scored, [P, n, G]
-    form: str
-    reduction: str
-    rollout: Rollout  # what they were computed for
-    sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|, in the loss's reduction
-
-
-class Term(NamedTuple):
-    """What one k did in a loss. Ratios are p_theta / p_old in the loss's reduction."""
-
-    ratio_mean: float
-    ratio_min: float
-    ratio_max: float
-    clip_fraction: float  # share of members with a non-zero advantage whose term the clip cut
-    effective_weight: Tensor  # [n], (c_1 / std scored)^2: the scale of this term's attribution (E2)
-
-
-class PolicyLoss(NamedTuple):
-    """The loss to descend, with its named statistics."""
-
-    loss: Tensor  # scalar, float64
-    terms: dict[int, Term]
-    kl: float  # mean KL to the reference, in the loss's reduction; 0 without one
-    groups_without_signal: int  # groups whose advantages are all zero; they count in the mean
-    old: Old  # pass it to the next update on the same rollout
+# ---- Loss ----------------------------------------------------------------------------------------
 
 
 class Surrogate(NamedTuple):
@@ -468,101 +432,241 @@ class Surrogate(NamedTuple):
 
     value: Tensor
     ratio: Tensor
-    clipped: Tensor  # bool: the clip cut this member's term, and with it the gradient
+    is_cut: Tensor  # bool: the clip acts on this member, which then has no gradient
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> Surrogate:
-    """min(ratio A, clip(ratio, 1-clip, 1+clip) A), to be maximised; clip None never cuts (as released)."""
-    ratio = log_ratio.exp()
-    cut = ratio.detach() if clip is None else ratio.detach().clamp(1 - clip, 1 + clip)
-    clipped = cut * advantages < ratio.detach() * advantages
+    """min(ratio A, clip(ratio, 1-clip, 1+clip) A), to be maximised; clip None never acts."""
+    ratio = log_ratio.detach().exp()
+    bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+    is_cut = bounded * advantages < ratio * advantages
     # A ratio that overflows must not turn the zero gradient of a cut or silent member into 0 * inf.
-    kept = torch.where(clipped | (advantages == 0), 0, log_ratio).exp() * advantages
-    return Surrogate(torch.where(clipped, cut * advantages, kept), ratio, clipped)
+    free = torch.where(is_cut | (advantages == 0), 0, log_ratio).exp() * advantages
+    return Surrogate(torch.where(is_cut, bounded * advantages, free), ratio, is_cut)
 
 
-def check_loss(rollout: Rollout, advantages: Tensor, form: str, clip: float | None, kl: float,
-               reference: Velocity | None, ks: tuple[int, ...], term_weights: Mapping | None, reduction: str,
-               old: Old | None) -> None:
-    """Raises ValueError, in one line, for arguments of policy_loss that do not fit together."""
+class TermStatistics(NamedTuple):
+    """What one k did in a loss. Ratios are p_theta / p_old in the loss's reduction."""
+
+    ratio_mean: float
+    ratio_min: float
+    ratio_max: float
+    clip_fraction: float  # of the members with a non-zero advantage, how many the clip cut
+    effective_weight: Tensor  # [n], (c_1 / std scored)^2: the scale of this term's attribution (E2)
+
+
+def statistics_of(
+    term: Surrogate, advantages: Tensor, std_1: Tensor, std: Tensor
+) -> TermStatistics:
+    """The statistics of one term; std_1 is the sampled step's, std what x_s was scored under."""
+    speaking = (advantages != 0).expand_as(term.is_cut).sum()
+    return TermStatistics(
+        ratio_mean=term.ratio.mean().item(),
+        ratio_min=term.ratio.min().item(),
+        ratio_max=term.ratio.max().item(),
+        clip_fraction=(term.is_cut.sum() / speaking.clamp(min=1)).item(),
+        effective_weight=((std_1 / std) ** 2)[0, :, 0],
+    )
+
+
+class OldPolicy(NamedTuple):
+    """pi_old, remembered from the first pass over a rollout, detached; one entry per k."""
+
+    means: dict[int, Tensor]  # mu^(k)_old, [P, n, 1|G, *event]
+    log_probs: dict[int, Tensor]  # of x_s under what was scored, [P, n, G]
+    form: str
+    reduction: str
+    rollout: Rollout  # what they were computed for
+    sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|
+
+
+class PolicyLoss(NamedTuple):
+    """The loss to descend, with its statistics."""
+
+    loss: Tensor  # scalar, float64
+    terms: dict[int, TermStatistics]
+    kl: float  # mean KL to the reference, in the loss's reduction; 0 without one
+    old: OldPolicy  # pass it to the next update on the same rollout
+
+
+def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
+    """p^(k) of every observed x_t -> x_s: {k: mean [P, n, 1|G, *event], std [P, n, 1|G]}."""
+    batch, device = rollout.x_t.shape[:3], rollout.x_t.device
+    first = torch.tensor(rollout.sde_steps)
+    t = rollout.process.grid[first].to(device)[None, :, None].expand(batch).flatten()
+    s = rollout.process.grid[first + 1].to(device)[None, :, None].expand(batch).flatten()
+    prompt = torch.arange(batch[0], device=device).repeat_interleave(batch[1] * batch[2])
+    rows = rollout.x_t.flatten(0, 2)
+    transitions = decompose(velocity, rollout.process, rows, t, s, prompt, factors)
+    return {k: p.unflatten(batch) for k, p in transitions.items()}
+
+
+def matched(k: int, transitions: dict[int, Transition], means_old: dict[int, Tensor]) -> Transition:
+    """N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2 I): at theta_old, the density that sampled (E7)."""
+    mean = means_old[1] + (transitions[k].mean - means_old[k])
+    return Transition(mean, transitions[1].std)
+
+
+def policy_loss(
+    velocity: Velocity,
+    rollout: Rollout,
+    advantages: Tensor,
+    *,
+    factors: Sequence[int] = (2, 3),
+    form: str = "paper",
+    clip: float | None = 0.2,
+    kl: float = 0.0,
+    reference: Velocity | None = None,
+    term_weights: Mapping[int, float | Tensor] | None = None,
+    reduction: str = "mean",
+    old: OldPolicy | None = None,
+) -> PolicyLoss:
+    """-J of Algorithm 1: J = mean sum_k w_k min(ratio_k A, clip(ratio_k) A) - kl KL.
+
+    advantages    [P, N, G], as group_advantages gives them for the rewards of rollout.x_0
+    factors       S; empty is Flow-GRPO, Flow-CPS or DanceGRPO, by the rollout's kernel
+    form          "paper" scores x_s under p^(k) = N(mu^(k), c_k^2 I), "matched" under `matched`
+    clip          > 0, or None; ratios of "mean" log-probabilities stay close to 1 (E10)
+    reference     velocity of pi_ref, given where kl > 0: KL = |mu - mu_ref|^2 / (2 c_1^2) of the
+                  coarse steps at the observed x_t, reduced as the log-probability is
+    term_weights  {k: w_k}, each a number or [n], one per stochastic step; default 1 and 1/|S|
+    old           .old of the first update on this rollout; None: this pass is theta_old, ratios 1
+    The mean is over members, stochastic steps and prompts. Raises ValueError, before any
+    evaluation, for arguments that do not fit together.
+    """
+    ks = (1, *check_factors(factors))
+    check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)
+    weights = term_weights or {k: 1.0 if k == 1 else 1 / len(factors) for k in ks}
+
+    # Score every observed x_s again: one mean per x_t serves all members that left it.
+    transitions = rescore(velocity, rollout, factors)
+    means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
+    std_1 = transitions[1].std
+    log_probs, terms, J = {}, {}, torch.zeros((), dtype=torch.float64, device=std_1.device)
+    for k in ks:
+        p = transitions[k] if k == 1 or form == "paper" else matched(k, transitions, means_old)
+        log_probs[k] = p.log_prob(rollout.x_s, reduction)
+        log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
+        term = clipped_surrogate(log_probs[k] - log_prob_old, advantages, clip)
+        w_k = torch.as_tensor(weights[k], dtype=torch.float64, device=std_1.device).reshape(-1, 1)
+        J = J + (w_k * term.value).mean()
+        terms[k] = statistics_of(term, advantages, std_1, p.std)
+
+    # KL(pi_theta || pi_ref) of the coarse steps: Gaussians of one std, the log-ratio at the mean.
+    KL = torch.zeros((), dtype=torch.float64, device=std_1.device)
+    if reference is not None:
+        with torch.no_grad():
+            p_ref = rescore(reference, rollout, ())[1]
+        mu = transitions[1].mean
+        KL = (transitions[1].log_prob(mu, reduction) - p_ref.log_prob(mu, reduction)).mean()
+
+    if old is None:
+        log_probs_old = {k: log_prob.detach() for k, log_prob in log_probs.items()}
+        dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
+        gap = (rollout.log_prob / dims - log_probs_old[1]).abs().max().item()
+        old = OldPolicy(means_old, log_probs_old, form, reduction, rollout, gap)
+    return PolicyLoss(kl * KL - J, terms, KL.item(), old)
+
+
+# ---- What is refused, in one line, before any work -----------------------------------------------
+
+
+def check_process(process: Process) -> None:
+    """The grid decreases within [0, 1], the kernel is known and takes this eta."""
+    grid, kernel, eta = process.grid, process.kernel, process.eta
+    decreasing = grid.ndim == 1 and len(grid) >= 2 and bool((grid.diff() < 0).all())
+    if not decreasing or not 0 <= grid[-1] < grid[0] <= 1:
+        raise ValueError(
+            f"grid={grid.tolist()}: must be 2 or more strictly falling times in [0, 1]"
+        )
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
+    if not 0 < eta < math.inf:
+        raise ValueError(f"eta={eta}: must be a positive number")
+    process.coefficients(grid[:-1], grid[1:])  # the kernel may refuse this eta
+
+
+def check_steps(process: Process, std: Tensor, sde_steps: Sequence[int]) -> None:
+    """Noise and weights come in the order of the steps, so steps are increasing."""
+    steps = list(sde_steps)
+    integers = all(type(i) is int for i in steps)
+    if not steps or not integers or steps != sorted({*steps} & {*range(len(std))}):
+        raise ValueError(f"sde_steps={steps}: must be increasing integers from 0 to {len(std) - 1}")
+    for i in steps:
+        if not std[i] > 0:
+            place = f"step {i} ends at t = {process.grid[i + 1].item():g}, where {process.kernel}"
+            raise ValueError(f"sde_steps={steps}: {place} has zero std, no density; leave it out")
+
+
+def check_draw(prompts: int, group_size: int, n_steps: int) -> None:
+    """There is something to draw."""
+    if prompts < 1 or group_size < 2 or n_steps < 1:
+        given = f"{prompts} generators, group_size={group_size}, n_steps={n_steps}"
+        raise ValueError(f"{given}: must be 1 or more (one per prompt), 2 or more, 1 or more")
+
+
+def check_factors(factors: Sequence[int]) -> tuple[int, ...]:
+    """S as a sorted tuple of distinct integers >= 2; empty is plain GRPO."""
+    if any(type(k) is not int or k < 2 for k in factors) or len(set(factors)) < len(factors):
+        raise ValueError(f"factors={list(factors)}: must be distinct integers >= 2 (k = 1 is in)")
+    return tuple(sorted(factors))
+
+
+def check_noise(noise: Noise, steps: tuple[int, ...], starts: Sequence[int]) -> None:
+    """The noise has a z for every stochastic step and one of these numbers of starts."""
+    P, n, _, *event = noise.z.shape
+    if n != len(steps) or list(noise.x_1.shape) not in [[P, start, *event] for start in starts]:
+        given = f"noise with x_1 {tuple(noise.x_1.shape)} and z {tuple(noise.z.shape)}"
+        wanted = f"[P, {' or '.join(map(str, starts))}, *event] and [P, {len(steps)}, G, *event]"
+        raise ValueError(f"{given}: must be {wanted}")
+
+
+def check_group(rewards: Tensor, ddof: int, eps: float, clamp: float | None) -> None:
+    """A group is two or more finite rewards."""
+    G = rewards.shape[-1]
+    if G < 2 or ddof not in (0, 1) or not eps >= 0 or not (clamp is None or clamp > 0):
+        given = f"group of {G}, ddof={ddof}, eps={eps}, clamp={clamp}"
+        raise ValueError(f"{given}: must be 2 or more, 0 or 1, >= 0, and > 0 or None")
+    infinite = int((~rewards.isfinite()).sum())
+    if infinite:
+        raise ValueError(f"rewards: {infinite} of {rewards.numel()} are not finite")
+
+
+def check_loss(
+    rollout: Rollout,
+    advantages: Tensor,
+    form: str,
+    clip: float | None,
+    kl: float,
+    reference: Velocity | None,
+    ks: tuple[int, ...],
+    term_weights: Mapping[int, float | Tensor] | None,
+    reduction: str,
+    old: OldPolicy | None,
+) -> None:
+    """The arguments of policy_loss fit together."""
     (P, n, G), N = rollout.x_s.shape[:3], rollout.x_0.shape[1]
     if advantages.shape != (P, N, G):
-        raise ValueError(f"advantages of shape {tuple(advantages.shape)}: must be {(P, N, G)}, as rollout.x_0 begins")
+        raise ValueError(f"advantages of shape {tuple(advantages.shape)}: must be {(P, N, G)}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
     if form not in ("paper", "matched"):
         raise ValueError(f"form={form!r}: must be 'paper' or 'matched'")
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip={clip}: must be positive, or None not to clip")
     if not 0 <= kl < math.inf or (kl > 0) != (reference is not None):
-        raise ValueError(f"kl={kl}: must be >= 0, with a reference velocity if and only if it is positive")
+        raise ValueError(f"kl={kl}: must be >= 0, with a reference if and only if it is positive")
     if term_weights is not None and set(term_weights) != set(ks):
-        raise ValueError(f"term_weights for k = {sorted(term_weights)}: must name exactly k = {list(ks)}")
-    for k, weight in (term_weights or {}).items():
-        if (shape := torch.as_tensor(weight).shape) not in [(), (n,)]:
-            raise ValueError(f"term_weights[{k}] of shape {tuple(shape)}: must be a number or [{n}]")
-    if old is not None and (set(old.log_probs) != set(ks) or (old.form, old.reduction) != (form, reduction)
-                            or old.rollout is not rollout):
-        raise ValueError(f"old is of k = {sorted(old.log_probs)}, {old.form!r}, {old.reduction!r}: must be of the same "
-                         f"rollout, k = {list(ks)}, {form!r}, {reduction!r}")
-
-
-def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
-    """p^(k) of every observed transition, k = 1 first, in one batch: means [P, n, A, *event], stds [P, n, A]."""
-    process, batch, device = rollout.process, rollout.x_t.shape[:3], rollout.x_t.device
-    ends = (process.grid[[i + j for i in rollout.sde_steps]].to(device) for j in (0, 1))
-    t, s = (end[None, :, None].expand(batch).flatten() for end in ends)
-    c = torch.arange(batch[0], device=device).repeat_interleave(batch[1] * batch[2])
-    transitions = decompose(velocity, process, rollout.x_t.flatten(0, 2), t, s, c, factors)
-    return {k: p.unflatten(batch) for k, p in transitions.items()}
-
-
-def policy_loss(velocity: Velocity, rollout: Rollout, advantages: Tensor, *, factors: Sequence[int] = (2, 3),
-                form: str = "paper", clip: float | None = 0.2, kl: float = 0.0, reference: Velocity | None = None,
-                term_weights: Mapping[int, float | Tensor] | None = None, reduction: str = "mean",
-                old: Old | None = None) -> PolicyLoss:
-    """-J of Algorithm 1: J = mean sum_k w_k min(ratio_k A, clip(ratio_k) A) - kl KL, over members, steps, prompts.
-
-    factors        S; empty is Flow-GRPO, Flow-CPS or DanceGRPO, by the rollout's kernel
-    form           "paper" scores x_s under N(mu^(k), c_k^2 I); "matched" (E7) under
-                   N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2 I), which at theta_old produced the sample
-    term_weights   {k: w_k}, a number or one per stochastic step [n]; default 1 for k = 1 and 1/|S| for the rest
-    reference      velocity of pi_ref; KL = |mu - mu_ref|^2 / (2 c_1^2) of the coarse steps at the observed x_t,
-                   reduced as the log-probability is
-    clip           > 0; ratios of "mean" log-probabilities stay close to 1 (E10), and so must a clip that is to act
-    old            the result's .old of the first update; None makes this pass theta_old, so every ratio is 1
-    advantages     [P, N, G], as group_advantages gives them for the rewards of rollout.x_0
-    Raises ValueError, before any evaluation, for arguments that do not fit together. Paper, Algorithm 1.
-    """
-    ks = (1, *check_factors(factors))
-    check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)
-    weights = term_weights or {k: 1.0 if k == 1 else 1 / (len(ks) - 1) for k in ks}
-
-    # p^(k) for every k; one mean per x_t, broadcast over the members that left it.
-    transitions = rescore(velocity, rollout, factors)
-    means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
-    log_probs, terms, J = {}, {}, 0.0
-    for k, p in transitions.items():
-        if form == "matched" and k > 1:
-            p = Transition(means_old[1] + (p.mean - means_old[k]), transitions[1].std)
-        log_probs[k] = p.log_prob(rollout.x_s, reduction)
-        log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
-        value, ratio, clipped = clipped_surrogate(log_probs[k] - log_prob_old, advantages, clip)
-        weight = torch.as_tensor(weights[k], dtype=value.dtype, device=value.device).reshape(-1, 1)
-        J = J + (weight * value).mean()
-        cut = clipped.sum() / (advantages != 0).expand_as(clipped).sum().clamp(min=1)
-        scale = ((transitions[1].std / p.std) ** 2)[0, :, 0]
-        terms[k] = Term(*(f.item() for f in (ratio.mean(), ratio.min(), ratio.max(), cut)), scale)
-
-    # KL(pi_theta || pi_ref): of Gaussians with one std, the log-ratio at the mean.
-    divergence = torch.zeros((), dtype=torch.float64, device=rollout.x_t.device)
-    if reference is not None:
-        with torch.no_grad():
-            p_ref = rescore(reference, rollout, ())[1]
-        mu = transitions[1].mean
-        divergence = (transitions[1].log_prob(mu, reduction) - p_ref.log_prob(mu, reduction)).mean()
-
-    if old is None:
-        dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
-        gap = (rollout.log_prob / dims - log_probs[1].detach()).abs().max().item()
-        old = Old(means_old, {k: p.detach() for k, p in log_probs.items()}, form, reduction, rollout, gap)
-    silent = int((advantages == 0).all(dim=-1).sum())
-    return PolicyLoss(kl * divergence - J, terms, divergence.item(), silent, old)
+        raise ValueError(f"term_weights for k = {sorted(term_weights)}: must name k = {list(ks)}")
+    for k, w in (term_weights or {}).items():
+        shape = torch.as_tensor(w).shape
+        if shape not in [(), (n,)]:
+            raise ValueError(
+                f"term_weights[{k}] of shape {tuple(shape)}: must be a number or [{n}]"
+            )
+    if old is not None:
+        same = (set(old.log_probs), old.form, old.reduction) == (set(ks), form, reduction)
+        if not same or old.rollout is not rollout:
+            given = f"old is of k = {sorted(old.log_probs)}, {old.form!r}, {old.reduction!r}"
+            wanted = f"the same rollout, k = {list(ks)}, {form!r}, {reduction!r}"
+            raise ValueError(f"{given}: must be of {wanted}")
