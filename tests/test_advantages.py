@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from fields import EPS, normal, seeds
+from slow import EPS, normal, seeds
 from hypothesis import example, given
 from hypothesis import strategies as st
 

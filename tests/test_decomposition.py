@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fields import (
+from slow import (
     EPS,
     KERNELS,
     Constant,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fields import (
+from slow import (
     EPS,
     Constant,
     GaussianFlow,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fields import EPS, KERNELS, each_kernel, etas, kernels, normal, seeds, slow_step, spans
+from slow import EPS, KERNELS, each_kernel, etas, kernels, normal, seeds, slow_step, spans
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributions import Normal

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from fields import (
+from slow import (
     EPS,
     KERNELS,
     MODES,
@@ -806,5 +806,5 @@ def test_cpu_and_cuda_agree(mode, kernel):
 
 
 def test_every_kernel_and_mode_is_covered():
-    """The tests draw from every kernel that pave_grpo has: a new entry in KERNELS must be added to fields.KERNELS."""
+    """The tests draw from every kernel that pave_grpo has: a new entry in KERNELS must be added to slow.KERNELS."""
     assert set(KERNELS) == set(pg.KERNELS) and MODES == ("independent", "shared_anchor")
