@@ -24,7 +24,7 @@ Axes: P prompts, n stochastic steps, G members of a group; *event is the shape o
   z        [P, n, G, *event]   standard normal noise of the stochastic steps
   t, s     [B], float64        a step goes from t down to s, 0 <= s < t <= 1; B rows of a batch
   v        like x              velocity dx/dt = E[x_1 - x_0 | x_t]
-  k, S     integers >= 2       sub-steps of a decomposition; S ("factors"), the set of them
+  k, S     integers            sub-steps of a decomposition; S, the factors, is a set of k >= 2
   eta      > 0                 how stochastic a kernel is; g its diffusion coefficient
   mu, std  like x; [B]         mean and standard deviation of a transition (mu^(k), c_k; never g)
   r, A     [P, N, G]           reward and advantage
@@ -186,6 +186,7 @@ def dance(t: Tensor, s: Tensor, eta: float, t_1: Tensor) -> Coefficients:
     return Coefficients(a, b, eta * D.sqrt())
 
 
+# To add a kernel, add an entry; what theory predicts of it stands in zoo/oracle/theory.py.
 KERNELS: dict[str, Kernel] = {"flow_sde": flow_sde, "cps": cps, "dance": dance}
 
 
@@ -246,10 +247,10 @@ def decompose(
 ) -> dict[int, Transition]:
     """p^(k)(x_s | x_t) for k = 1 and every k in factors: k-1 Euler sub-steps, one SDE sub-step.
 
-    With d = (t-s)/k, x_{j+1} = x_j - d v_j and v_j = v(x_j, t - j d), from x_0 = x:
-        mu^(k) = a x_{k-1} + b v_{k-1},  (a, b, std) the kernel's for its last sub-step s + d -> s.
-    x is [B, *event]; t, s float64 [B]; prompt [B]. Costs 1 + sum_k (k-1) evaluations a row, v_0
-    being shared. Gradients flow through every velocity and every state. Returns {k: p^(k)}.
+    With d = (t-s)/k, v_j = v(x^(j), t - j d) and x^(j+1) = x^(j) - d v_j, from x^(0) = x:
+        mu^(k) = a x^(k-1) + b v_{k-1}, with the kernel's (a, b, std) of its sub-step s + d -> s.
+    x is [B, *event]; t, s float64 [B]; prompt [B]. All k share v_0: 1 + sum_k (k-1) evaluations
+    a row. Gradients flow through every velocity and every state. Returns {k: p^(k)}.
     """
     v_0 = evaluate(velocity, x, t, prompt)
     transitions = {1: process.transition(x, v_0, t, s)}
@@ -288,13 +289,15 @@ def draw_noise(
     everywhere. own_start gives every member its own x_1 (independent rollouts), else one is shared.
     """
     check_draw(len(generators), group_size, n_steps)
+
+    def normal(generator: torch.Generator, *axes: int) -> Tensor:
+        where = generator.device
+        return torch.randn(*axes, *shape, generator=generator, device=where, dtype=dtype)
+
     x_1, z = [], []
-    for g in generators:
-        starts = group_size if own_start else 1
-        x_1.append(torch.randn(starts, *shape, generator=g, device=g.device, dtype=dtype))
-        z.append(
-            torch.randn(n_steps, group_size, *shape, generator=g, device=g.device, dtype=dtype)
-        )
+    for generator in generators:
+        x_1.append(normal(generator, group_size if own_start else 1))
+        z.append(normal(generator, n_steps, group_size))
     return Noise(torch.stack(x_1).to(device), torch.stack(z).to(device))
 
 
@@ -358,7 +361,7 @@ def rollout_independent(
             x = x_s
         else:
             x = x - (t - s) * v
-    return rollout_of(process, steps, observed, x.unsqueeze(1))
+    return rollout_of(process, steps, observed, x_0=x.unsqueeze(1))
 
 
 @torch.no_grad()
@@ -380,7 +383,8 @@ def rollout_shared_anchor(
         x = torch.cat([anchor, members], dim=1)
         v, p = look_ahead(velocity, process, x, i)
         moved = x - (t - s) * v  # an ODE step of every row
-        anchor, members = moved[:, : anchor.shape[1]], moved[:, anchor.shape[1] :]
+        rows = anchor.shape[1]  # 1, and 0 once the anchor has stopped
+        anchor, members = moved[:, :rows], moved[:, rows:]
         if i in steps:
             p = Transition(p.mean[:, :1], p.std[:, :1])  # from the anchor
             x_s = p.sample(noise.z[:, len(observed)])
@@ -388,8 +392,7 @@ def rollout_shared_anchor(
             members = torch.cat([members, x_s], dim=1)
         if i == steps[-1]:
             anchor = anchor[:, :0]
-    x_0 = members.reshape(noise.z.shape)
-    return rollout_of(process, steps, observed, x_0)
+    return rollout_of(process, steps, observed, x_0=members.reshape(noise.z.shape))
 
 
 @torch.no_grad()
@@ -491,13 +494,12 @@ class PolicyLoss(NamedTuple):
 
 def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
     """p^(k) of every observed x_t -> x_s: {k: mean [P, n, 1|G, *event], std [P, n, 1|G]}."""
-    batch, device = rollout.x_t.shape[:3], rollout.x_t.device
-    first = torch.tensor(rollout.sde_steps)
-    t = rollout.process.grid[first].to(device)[None, :, None].expand(batch).flatten()
-    s = rollout.process.grid[first + 1].to(device)[None, :, None].expand(batch).flatten()
-    prompt = torch.arange(batch[0], device=device).repeat_interleave(batch[1] * batch[2])
-    rows = rollout.x_t.flatten(0, 2)
-    transitions = decompose(velocity, rollout.process, rows, t, s, prompt, factors)
+    process, x, batch = rollout.process, rollout.x_t.flatten(0, 2), rollout.x_t.shape[:3]
+    i = torch.tensor(rollout.sde_steps)
+    t = process.grid[i].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    s = process.grid[i + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    prompt = torch.arange(batch[0], device=x.device).repeat_interleave(batch[1] * batch[2])
+    transitions = decompose(velocity, process, x, t, s, prompt, factors)
     return {k: p.unflatten(batch) for k, p in transitions.items()}
 
 
@@ -576,9 +578,7 @@ def check_process(process: Process) -> None:
     grid, kernel, eta = process.grid, process.kernel, process.eta
     decreasing = grid.ndim == 1 and len(grid) >= 2 and bool((grid.diff() < 0).all())
     if not decreasing or not 0 <= grid[-1] < grid[0] <= 1:
-        raise ValueError(
-            f"grid={grid.tolist()}: must be 2 or more strictly falling times in [0, 1]"
-        )
+        raise ValueError(f"grid={grid.tolist()}: must be 2 or more falling times in [0, 1]")
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
     if not 0 < eta < math.inf:
