@@ -23,7 +23,7 @@ def main(jobs: str, name: str) -> None:
 
         def kept_noise(*args, kept=kept, **kwargs):
             noise = draw(*args, **kwargs)
-            kept.append(noise.steps.clone())
+            kept.append(noise.z.clone())
             return noise
 
         train.pave.draw_noise = kept_noise
