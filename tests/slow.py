@@ -1,35 +1,50 @@
-"""Velocity fields whose answers are known, Algorithm 1 in slow plain loops, and small rollouts to try them on.
+"""Algorithm 1 in slow plain loops, and small rollouts and networks to try it on.
 
-The slow functions are written from the equations in another form than pave_grpo.py (Euler-Maruyama and predicted ends
-instead of coefficients, one row instead of a batch, torch.distributions instead of a formula) and share no code
-with it, so that agreement means something.
+The slow functions are written from the equations in another form than pave_grpo.py: Euler-Maruyama
+and predicted ends where it has coefficients, one row where it has a batch, torch.distributions
+where it has a formula. They share no code with it, so that agreement means something.
+Velocities whose answers are known are those of zoo/oracle/fields.py.
 """
 
-import copy
 import math
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.distributions import Normal
 
 import pave_grpo as pg
-from zoo.oracle.fields import gaussian_law  # noqa: F401  (the law of a sampler without a sample)
+from zoo.oracle.fields import Network, nudged, shifted
 
 EPS = torch.finfo(torch.float64).eps  # one rounding is off by at most EPS / 2, relatively
-KERNELS, MODES = ("flow_sde", "cps", "dance"), ("independent", "shared_anchor")
+
+SAMPLERS = {"independent": pg.rollout_independent, "shared_anchor": pg.rollout_shared_anchor}
+KERNELS, MODES, FORMS = tuple(pg.KERNELS), tuple(SAMPLERS), ("paper", "matched")
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_mode = pytest.mark.parametrize("mode", MODES)
+each_form = pytest.mark.parametrize("form", FORMS)
 
-# What Hypothesis draws: scalars and seeds, never tensors.
+
+# ---- What Hypothesis draws: scalars and seeds, never tensors -------------------------------------
+
+
+def falling(pair):
+    """(t, s) with s < t, from a time and a fraction of it."""
+    t, fraction = pair
+    return t, t * fraction
+
+
 seeds = st.integers(0, 2**31 - 1)
-kernels, modes = st.sampled_from(KERNELS), st.sampled_from(MODES)
+kernels, modes, forms = st.sampled_from(KERNELS), st.sampled_from(MODES), st.sampled_from(FORMS)
 etas = st.floats(0.1, 1.0)
 factor_sets = st.sets(st.integers(2, 6), max_size=3).map(tuple)
-spans = st.tuples(st.floats(0.05, 1.0), st.floats(0.02, 0.98)).map(
-    lambda p: (p[0], p[0] * p[1])
-)  # (t, s), s < t
+spans = st.tuples(st.floats(0.05, 1.0), st.floats(0.02, 0.98)).map(falling)
+
+
+# ---- Numbers, networks and gradients -------------------------------------------------------------
 
 
 def normal(seed, *shape, dtype=torch.float64):
@@ -37,191 +52,205 @@ def normal(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def column(t, x):
-    """t [B] shaped to multiply x [B, *event]."""
-    return t.reshape(-1, *[1] * (x.ndim - 1))
+def times(value, B):
+    """One time for every row of a batch, [B]."""
+    return torch.full((B,), value, dtype=torch.float64)
 
 
-# ---- Velocities ----------------------------------------------------------------------------------------------
+def network(seed=0, d=3, dtype=torch.float64):
+    """A curved velocity with 16 hidden units, of which nothing is known in closed form."""
+    return Network(torch.Generator().manual_seed(seed), d).to(dtype)
 
 
-class GaussianFlow(torch.nn.Module):
-    """The exact velocity of data N(m_c, diag q): affine in x, elementwise, each prompt its own mean.
+def moved(module, seed, size):
+    """A copy of the module with parameters a little (size) away: theta after some updates."""
+    return nudged(module, size, torch.Generator().manual_seed(seed))
 
-    It uses + - * / alone, which IEEE rounds the same way in a batch of any size: bitwise claims hold for it.
+
+def gradient(value, module):
+    """The gradient of a scalar with respect to all parameters of a module, as one vector."""
+    grads = torch.autograd.grad(value, [*module.parameters()], retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def derivative_along(direction, value, module):
+    """d value(module with parameters theta + h direction)/dh at h = 0, by five points.
+
+    With h = 1e-3 the formula is off by h^4 f^(5)/30, about 1e-13 f^(5), and by 1e-14/h of rounding.
     """
 
-    def __init__(self, m, q):
-        super().__init__()
-        self.m, self.q = (
-            torch.nn.Parameter(torch.as_tensor(p, dtype=torch.float64)) for p in (m, q)
-        )
+    def at(h):
+        with torch.no_grad():
+            return value(shifted(module, h * direction)).item()
 
-    def forward(self, x, t, c):
-        m, q, t = self.m[c % len(self.m)].to(x.dtype), self.q.to(x.dtype), column(t, x)
-        return (t - (1 - t) * q) / ((1 - t) ** 2 * q + t**2) * (x - (1 - t) * m) - m
-
-
-class Net(torch.nn.Module):
-    """A tanh network of (x, t, c), curved in x and t: nothing about it is known in closed form."""
-
-    def __init__(self, seed=0, d=3, width=8, dtype=torch.float64):
-        super().__init__()
-        self.w1 = torch.nn.Parameter(normal(seed, d + 2, width, dtype=dtype))
-        self.w2 = torch.nn.Parameter(normal(seed + 1, width, d, dtype=dtype) / 2)
-
-    def forward(self, x, t, c):
-        rows = torch.cat([x, column(t, x), (column(c, x) % 5).to(x.dtype) - 1], dim=1)
-        return torch.tanh(rows @ self.w1) @ self.w2
-
-
-class Constant(torch.nn.Module):
-    """v = theta everywhere: a straight flow, whose dv/dtheta is the identity."""
-
-    def __init__(self, theta):
-        super().__init__()
-        self.theta = torch.nn.Parameter(theta)
-
-    def forward(self, x, t, c):
-        return self.theta.expand_as(x)
-
-
-class Radial(Constant):
-    """v = (x - theta) / t, all data at theta: the other straight flow."""
-
-    def forward(self, x, t, c):
-        return (x - self.theta) / column(t, x)
+    h = 1e-3
+    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
 
 
 class Counting:
-    """Wraps a velocity and remembers the t and c of every call."""
+    """Wraps a velocity and remembers the t and the prompts of every call."""
 
     def __init__(self, velocity):
-        self.velocity, self.t, self.c = velocity, [], []
+        self.velocity, self.t, self.prompt = velocity, [], []
 
-    def __call__(self, x, t, c):
+    def __call__(self, x, t, prompt):
         self.t.append(t)
-        self.c.append(c)
-        return self.velocity(x, t, c)
+        self.prompt.append(prompt)
+        return self.velocity(x, t, prompt)
 
     @property
     def rows(self):
         return sum(map(len, self.t))
 
 
-def moved(module, seed, size):
-    """A copy of the module with parameters a little (size) away: theta after some updates."""
-    module = copy.deepcopy(module)
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            p += size * normal(seed + i, *p.shape, dtype=p.dtype)
-    return module
-
-
-def gradient(value, module):
-    """The gradient of a scalar with respect to all parameters of a module, as one vector."""
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(value, [*module.parameters()], retain_graph=True)]
-    )
-
-
-# ---- The algorithm, slowly -----------------------------------------------------------------------------------
+# ---- The algorithm, slowly -----------------------------------------------------------------------
 
 
 def slow_step(kernel, eta, t, s, x, v, t_1=None):
     """(mean, std) of one SDE step in its derivation form; t, s are floats, x and v anything."""
     x0_hat, x1_hat = x - t * v, x + (1 - t) * v
-    if (
-        kernel == "cps"
-    ):  # signal and noise keep their levels; cos(h) of the noise is the old one, sin(h) is fresh
+    if kernel == "cps":  # the noise keeps cos(h) of what it was and gets sin(h) that is fresh
         h = eta * math.pi / 2
         return (1 - s) * x0_hat + s * math.cos(h) * x1_hat, s * math.sin(h)
-    # Euler-Maruyama, backwards over D, on dx = (v - g^2/2 score) dt + g dw with score = -x1_hat / t.
-    g = eta if kernel == "dance" else eta * math.sqrt(t / (1 - (t_1 if t == 1 else t)))
+    if kernel == "dance":
+        g = eta
+    elif kernel == "flow_sde":
+        g = eta * math.sqrt(t / (1 - (t_1 if t == 1 else t)))
+    else:
+        raise KeyError(f"{kernel}: write down here what a step of this kernel is")
+    # Euler-Maruyama, backwards over D = t - s, on dx = (v - g^2/2 score) dt + g dw.
     score = -x1_hat / t
     return x - (t - s) * (v - g**2 / 2 * score), g * math.sqrt(t - s)
 
 
-def slow_transition(velocity, process, t, s, k, x, c):
-    """(mu^(k), c_k) for one row x [1, *event]: k - 1 Euler sub-steps, then the SDE step over what is left."""
-    d, time = (t - s) / k, t
+def velocity_weights(kernel, eta, t, s, k, t_1=None):
+    """The w_j of mu^(k) = a_k x_t + sum_j w_j v_j: -a_k d for each Euler sub-step, then b_k."""
+    d = (t - s) / k
+    last = t - (k - 1) * d
+    a_k = slow_step(kernel, eta, last, s, 1.0, 0.0, t_1)[0]
+    b_k = slow_step(kernel, eta, last, s, 0.0, 1.0, t_1)[0]
+    return [-a_k * d] * (k - 1) + [b_k]
+
+
+class Observed(NamedTuple):
+    """One member's stochastic step, alone: x_t and x_s [1, *event], prompt [1], floats t and s."""
+
+    index: tuple[int, int, int]  # prompt, stochastic step, member
+    t: float
+    s: float
+    prompt: Tensor
+    x_t: Tensor
+    x_s: Tensor
+
+
+def observations(rollout):
+    """The observed steps of a rollout, one by one."""
+    (P, n, G), starts = rollout.x_s.shape[:3], rollout.x_t.shape[2]
+    grid, seen = rollout.process.grid.tolist(), []
+    for p, j, g in product(range(P), range(n), range(G)):
+        i = rollout.sde_steps[j]
+        x_t, x_s = rollout.x_t[p, j, g % starts][None], rollout.x_s[p, j, g][None]
+        prompt = torch.tensor([p])
+        seen.append(Observed((p, j, g), grid[i], grid[i + 1], prompt, x_t, x_s))
+    return seen
+
+
+def slow_transition(velocity, process, k, step):
+    """(mu^(k), c_k) of one observed step: k - 1 Euler sub-steps, then the SDE step to s."""
+    d, x, t = (step.t - step.s) / k, step.x_t, step.t
     for j in range(k - 1):
-        x = x - d * velocity(x, torch.tensor([time], dtype=x.dtype), c)
-        time = t - (j + 1) * d
-    v = velocity(x, torch.tensor([time], dtype=x.dtype), c)
-    return slow_step(process.kernel, process.eta, time, s, x, v, process.grid[1].item())
+        x = x - d * velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
+        t = step.t - (j + 1) * d
+    v = velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
+    return slow_step(process.kernel, process.eta, t, step.s, x, v, process.grid[1].item())
+
+
+class Scored(NamedTuple):
+    """What one k-term scores x_s under, now and at theta_old: N(mu, std^2) and N(mu_old, std^2)."""
+
+    mu: Tensor
+    mu_old: Tensor
+    std: float
+
+
+def slow_scored(velocity, old, process, k, form, step):
+    """The Gaussians of the k-term of one observed step, in the paper's or E7's matched form."""
+    mu, std = slow_transition(velocity, process, k, step)
+    mu_old = slow_transition(old, process, k, step)[0].detach()
+    if form == "paper":
+        return Scored(mu, mu_old, std)
+    sampled, std_sampled = slow_transition(old, process, 1, step)
+    sampled = sampled.detach()
+    return Scored(sampled + mu - mu_old, sampled, std_sampled)
 
 
 def slow_loss(velocity, old, rollout, advantages, factors, form, clip, reduction):
-    """-J of Algorithm 1 (kl = 0) and E7's matched form, one member, one step and one k at a time."""
-    (P, n, G), A, N = rollout.x_s.shape[:3], rollout.x_t.shape[2], advantages.shape[1]
-    grid, total = rollout.process.grid.tolist(), 0.0
-    for p, j, g in product(range(P), range(n), range(G)):
-        i, c = rollout.sde_steps[j], torch.tensor([p])
-        x_t, x_s = rollout.x_t[p, j, g % A][None], rollout.x_s[p, j, g][None]
-        advantage = advantages[p, j % N, g].item()
-        at = lambda field, k, i=i, x=x_t, c=c: slow_transition(
-            field, rollout.process, grid[i], grid[i + 1], k, x, c
-        )
-        mu_sampled, c_sampled = at(old, 1)
+    """-J of Algorithm 1 (kl = 0), one member, one step and one k at a time."""
+    A, total = advantages.expand(rollout.x_s.shape[:3]), 0.0
+    for step in observations(rollout):
+        advantage = A[step.index].item()
         for k in (1, *factors):
-            (mu, std), (mu_old, _) = at(velocity, k), at(old, k)
-            if form == "matched":
-                mu, mu_old, std = mu_sampled.detach() + mu - mu_old.detach(), mu_sampled, c_sampled
-            log_ratio = Normal(mu, std).log_prob(x_s) - Normal(mu_old.detach(), std).log_prob(x_s)
+            mu, mu_old, std = slow_scored(velocity, old, rollout.process, k, form, step)
+            log_ratio = Normal(mu, std).log_prob(step.x_s) - Normal(mu_old, std).log_prob(step.x_s)
             ratio = (log_ratio.sum() if reduction == "sum" else log_ratio.mean()).exp()
             term = ratio * advantage
-            if clip is not None and (ratio > 1 + clip if advantage > 0 else ratio < 1 - clip):
-                term = (1 + clip if advantage > 0 else 1 - clip) * advantage  # cut: a constant
+            if clip is not None and advantage > 0 and ratio > 1 + clip:
+                term = (1 + clip) * advantage  # cut: a constant
+            if clip is not None and advantage < 0 and ratio < 1 - clip:
+                term = (1 - clip) * advantage
             total = total + (1 if k == 1 else 1 / len(factors)) * term
-    return -torch.as_tensor(total, dtype=torch.float64) / (P * n * G)
+    return -torch.as_tensor(total, dtype=torch.float64) / A.numel()
 
 
-def slow_rollout(velocity, process, start, steps_noise, sde_steps, c):
-    """x_0 and the observed {i: (x_t, x_s)} of one trajectory from start [1, *event]; steps_noise {i: [1, *event]}."""
-    x, observed, grid = start, {}, process.grid.tolist()
+def slow_rollout(velocity, process, x_1, z, prompt):
+    """x_0 and the observed {i: (x_t, x_s)} of one trajectory from x_1 [1, *event].
+
+    z {i: [1, *event]} names the stochastic steps and holds their noise.
+    """
+    x, observed, grid = x_1, {}, process.grid.tolist()
     for i, (t, s) in enumerate(pairwise(grid)):
-        v = velocity(x, torch.tensor([t], dtype=x.dtype), c)
-        if i in sde_steps:
+        with torch.no_grad():
+            v = velocity(x, torch.tensor([t], dtype=x.dtype), prompt)
+        if i in z:
             mean, std = slow_step(process.kernel, process.eta, t, s, x, v, grid[1])
-            observed[i] = (x, mean + std * steps_noise[i])
+            observed[i] = x, mean + std * z[i]
             x = observed[i][1]
         else:
             x = x - (t - s) * v
     return x, observed
 
 
-# ---- Small rollouts ------------------------------------------------------------------------------------------
+# ---- Small rollouts ------------------------------------------------------------------------------
 
 
 def generators(seed, P):
+    """One generator per prompt; prompt p of a batch has the noise of prompt 0 at seed + p."""
     return [torch.Generator().manual_seed(seed + p) for p in range(P)]
 
 
-def roll(
-    mode,
-    velocity,
-    process,
-    P=2,
-    G=4,
-    d=3,
-    steps=None,
-    seed=0,
-    own_start=None,
-    dtype=torch.float64,
-    **kwargs,
-):
-    """A rollout in either mode; independent members have their own starts unless told otherwise."""
-    own_start = mode == "independent" if own_start is None else own_start
-    n = len(process.stochastic_steps(steps))
+def roll(mode, velocity, process, P=2, G=4, d=3, steps=None, seed=0, dtype=torch.float64):
+    """A rollout in either mode; independent members have their own starts."""
+    n, own_start = len(process.stochastic_steps(steps)), mode == "independent"
     noise = pg.draw_noise(generators(seed, P), G, (d,), n, own_start, dtype)
-    sampler = {"independent": pg.rollout_independent, "shared_anchor": pg.rollout_shared_anchor}[
-        mode
-    ]
-    return sampler(velocity, process, noise, steps, **kwargs)
+    return SAMPLERS[mode](velocity, process, noise, steps)
 
 
 def some_advantages(rollout, seed=0, centred=False):
     """Advantages out of the air, [P, N, G]: no theorem may depend on where they came from."""
     A = normal(seed, *rollout.x_0.shape[:3])
     return A - A.mean(-1, keepdim=True) if centred else A
+
+
+def of_prompts(rollout, kept):
+    """The rollout of these prompts alone, numbered 0, 1, ... in it; its velocity is `asking`."""
+    names = ("x_t", "x_s", "log_prob", "x_0")
+    return rollout._replace(**{name: getattr(rollout, name)[kept] for name in names})
+
+
+def asking(velocity, kept):
+    """The velocity of a batch whose prompt b is kept[b]."""
+
+    def renumbered(x, t, prompt):
+        return velocity(x, t, torch.tensor(kept)[prompt])
+
+    return renumbered
