@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slow import (
     EPS,
     Counting,
+    GaussianFlow,
     Observed,
     derivative_along,
     each_kernel,
@@ -29,7 +30,7 @@ from slow import (
 )
 
 import pave_grpo as pg
-from zoo.oracle.fields import Constant, Gaussian, Point
+from zoo.oracle.fields import Constant, Point
 
 each_straight_flow = pytest.mark.parametrize("field", [Constant, Point])
 
@@ -159,7 +160,7 @@ def test_cost_and_times(factors, B):
 @each_kernel
 def test_rows_keep_their_own_times(kernel):
     """One batch may hold transitions of different t, s and prompts; each row is as if alone."""
-    flow = Gaussian(normal(0, 4, 3), normal(2, 3))
+    flow = GaussianFlow(normal(0, 4, 3), [0.5, 2.0, 0.1])
     x, grid, prompt = normal(1, 4, 3), pg.schedule(4, 3.0), torch.arange(4)
     process = pg.Process(grid, kernel)
     batch = pg.decompose(flow, process, x, grid[:4], grid[1:], prompt, (2, 3))
