@@ -1,28 +1,39 @@
-"""The README's commands run, in short forms, and its table of places points at what it says."""
+"""The documents say what is so: commands run, links lead somewhere, quoted lines and flags exist.
+
+A command is a line of a ```bash block, or code in a line of text that starts with a program's name.
+Each is run in a short form. One that cannot run everywhere says so on its line ("needs a GPU",
+"needs 8 GPUs and the hub"), and only then may its model or its ranks be replaced.
+"""
 
 import doctest
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed.run
+import yaml
 
 import pave_grpo
 from zoo.oracle import vectors
 from zoo.released import random_pipelines
-from zoo.shapes import model as shapes_model
+from zoo.shapes import model
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [
-    line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()
-]
-SHORT = {
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+README = TEXTS["README.md"]
+CORE = (ROOT / "pave_grpo.py").read_text()
+PROGRAMS = ("python", "torchrun", "pip", "echo")
+SHORT_TRAINING = {
     "--iterations": "1",
     "--heldout": "4",
     "--prompts-per-iteration": "2",
@@ -30,96 +41,142 @@ SHORT = {
     "--threads": "1",
     "--eval-steps": "1",
 }
+SHORT_JUDGING = {"--heldout": "4", "--threads": "1", "--eval-steps": "1"}
 
 
-def tiny(words: list[str], folder: Path) -> list[str]:
-    """The same command line on a tiny pipeline of the model's family and rewards that need no hub."""
-    family = "flux" if "flux" in words[words.index("--model") + 1].lower() else "sd3"
-    shown = {
-        "--model": [str(folder / family)],
-        "--reward": ["zoo.rewards.example:warmth"],
-        "--eval-reward": ["zoo.rewards.example:contrast"],
-        "--size": ["32", "32"],
-    }
-    for flag, values in shown.items():
+class Command(NamedTuple):
+    """A command of a document."""
+
+    text: str
+    is_marked: bool  # its line says what it needs
+
+
+def commands_of(text: str) -> list[Command]:
+    """The commands of a page, in order."""
+    found = []
+    language = None  # of the fenced block a line is in
+    for line in text.splitlines():
+        if line.startswith("```"):
+            language = line.removeprefix("```") if language is None else None
+            continue
+        if language == "bash":
+            codes = [line.split(" #")[0]]
+        elif language is None:
+            codes = re.findall(r"`([^`]+)`", line)
+        else:
+            codes = []
+        is_marked = re.search(r"needs (a GPU|the hub|\d+ GPUs|\d+ GB)", line) is not None
+        for code in codes:
+            for part in code.split("&&"):
+                if part.split()[:1] and part.split()[0] in PROGRAMS:
+                    found.append(Command(part.strip(), is_marked))
+    return found
+
+
+COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands_of(text)))
+
+
+# ---- Short forms ---------------------------------------------------------------------------------
+
+
+def set_flags(words: list[str], values: dict[str, str]) -> list[str]:
+    """The same command line with these flags at these values, each of one word."""
+    words = list(words)
+    for flag, value in values.items():
         if flag in words:
-            start = words.index(flag) + 1
-            stop = next(
-                (i for i in range(start, len(words)) if words[i].startswith("--")), len(words)
-            )
-            words[start:stop] = values
-    return (
-        words if "--size" in words else [*words, "--size", "32", "32", "--dry-run"]
-    )  # tests/test_released.py runs
-
-
-def shortened(command: str, pipelines: Path) -> list[str]:
-    """A command of the README with the same program and flags, but little to do, and this Python."""
-    words = shlex.split(command)
-    if words[0] == "echo":
-        return ["bash", "-c", command]
-    if "--model" in words and words[0] == "torchrun":
-        words = ["python", *words[2:]]
-    words = [str(shapes_model.CHECKPOINT) if w.startswith("runs/") else w for w in words]
-    if words[0] == "torchrun":
-        words = [
-            "python",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            *words[2:],
-        ]
-    assert words[0] == "python", command
-    if words[1:3] == ["-m", "zoo.released.random_pipelines"]:
-        return [sys.executable, *(w for w in words[1:] if w != "--real")]
-    if words[1:3] == ["-m", "pytest"]:
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            str(ROOT),
-        ]
-    if words[1:3] == ["-m", "zoo.shapes.pretrain"]:
-        return [sys.executable, *words[1:], "--dry-run"]
-    if words[1:3] == ["-m", "zoo.shapes.gradient_signal"]:
-        return [sys.executable, *words[1:], "--batches", "2", "--sde-steps", "1"]
-    script = next(i for i, w in enumerate(words) if w.endswith(".py"))
-    words[script] = str(ROOT / words[script])
-    if words[script].endswith("planted_bugs.py"):
-        return [sys.executable, *words[1:2], "no half"]
-    if words[script].endswith("verify_equivalence.py"):
-        alone = {"--against", "--vectors", "--check-vectors"} & set(words)
-        claims = ["E2"] if "--model" in words else ["E5"]
-        return [
-            sys.executable,
-            *words[1:],
-            *([] if alone or "--claims" in words else ["--claims", *claims, "--factors", "2"]),
-        ]
-    if "--model" in words:
-        words = tiny(words, pipelines)
-    given = {w for w in words if w.startswith("--")}
-    if given & {"--dry-run", "--sample"}:
-        return [sys.executable, *words[1:]]
-    for flag, value in SHORT.items():
-        if "--evaluate" in given and flag not in ("--heldout", "--threads", "--eval-steps"):
-            continue  # refused: not read
-        if flag in given:
             words[words.index(flag) + 1] = value
         else:
             words += [flag, value]
-    return [sys.executable, *words[1:]]
+    return words
 
 
-def test_the_readme_has_its_commands():
-    """The two commands that must work verbatim are there."""
-    text = "\n".join(BLOCKS)
-    assert "pip install -r requirements.txt && python train.py\n" in text
-    assert "pip install -r requirements.txt && python -m pytest\n" in text
+def replace_flag(words: list[str], flag: str, values: list[str]) -> list[str]:
+    """The same command line with other values of a flag, where it has the flag."""
+    if flag not in words:
+        return words
+    start = words.index(flag) + 1
+    stop = start
+    while stop < len(words) and not words[stop].startswith("--"):
+        stop += 1
+    return [*words[:start], *values, *words[stop:]]
+
+
+def without_hub(words: list[str]) -> list[str]:
+    """The same command counting its costs for a tiny pipeline of the family, rewards at hand."""
+    family = "flux" if "flux" in words[words.index("--model") + 1].lower() else "sd3"
+    words = replace_flag(words, "--model", [f"tiny/{family}"])
+    words = replace_flag(words, "--reward", ["zoo.rewards.example:warmth"])
+    words = replace_flag(words, "--eval-reward", ["zoo.rewards.example:contrast"])
+    return [*words, "--size", "32", "32", "--dry-run"]
+
+
+def training(words: list[str], is_marked: bool) -> list[str]:
+    """A command line of train.py with little to do; on two CPU ranks where torchrun starts it."""
+    launcher = []
+    if words[0] == "torchrun":
+        assert is_marked, "a command with torchrun says how many GPUs it needs"
+        torch.distributed.run.get_args_parser().parse_args(words[1:])  # its own flags exist
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = words[words.index("train.py") :]
+    if is_marked and "--model" in words:
+        launcher, words = [], without_hub(words)
+    if is_marked and not torch.cuda.is_available():
+        words = replace_flag(words, "--device", ["cpu"])
+    if not {"--dry-run", "--help"} & set(words):
+        words = set_flags(words, SHORT_TRAINING)
+    return [*launcher, str(ROOT / "train.py"), *words[1:]]
+
+
+def oracle(words: list[str]) -> list[str]:
+    """A command line of verify_equivalence.py with one claim to test, if it tests any."""
+    words = [str(ROOT / "verify_equivalence.py"), *words[2:]]
+    tests_none = {"--against", "--vectors", "--check-vectors", "--help"} & set(words)
+    if not tests_none and "--claims" not in words:
+        words += ["--claims", "E2" if "--model" in words else "E5"]
+    if not tests_none and "--factors" not in words:
+        words += ["--factors", "2"]
+    return words
+
+
+MODULES = {  # how the modules that are programs are shortened
+    "zoo.released.random_pipelines": lambda words: [word for word in words if word != "--real"],
+    "zoo.shapes.pretrain": lambda words: [*words, "--dry-run"],
+    "zoo.shapes.gradient_signal": lambda words: [*words, "--batches", "2", "--sde-steps", "1"],
+    "zoo.training.evaluate": lambda words: set_flags(words, SHORT_JUDGING),
+    "zoo.training.draw": lambda words: set_flags(words, {"--threads": "1"}),
+    "pytest": lambda words: [*words, "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)],
+    "pydoc": lambda words: words,
+}
+
+
+def short_form(command: Command) -> list[str]:
+    """The words after this Python of a command that starts the same program with less to do."""
+    words = shlex.split(command.text)
+    if "train.py" in words:
+        return training(words, command.is_marked)
+    if words[1] == "verify_equivalence.py":
+        return oracle(words)
+    if words[1] == "tests/planted_bugs.py":
+        return [str(ROOT / words[1]), "no half"]
+    assert words[1] == "-m", command
+    assert command.is_marked or "--real" not in words, "tens of gigabytes are marked"
+    return MODULES[words[2]](words[1:])
+
+
+# ---- Commands run --------------------------------------------------------------------------------
+
+
+def test_the_two_commands_that_must_work_as_they_stand_are_there():
+    """Install and train, install and test."""
+    assert "\npip install -r requirements.txt && python train.py\n" in README
+    assert "\npip install -r requirements.txt && python -m pytest\n" in README
+
+
+def test_a_command_is_marked_wherever_it_stands():
+    """What needs a GPU or the hub in one place needs it everywhere."""
+    texts = [command.text for command in COMMANDS]
+    assert len(texts) > 20
+    assert len(set(texts)) == len(texts), sorted(text for text in texts if texts.count(text) > 1)
 
 
 @pytest.fixture(scope="module")
@@ -132,48 +189,79 @@ def pipelines(tmp_path_factory):
     return folder
 
 
-PARTS = sorted({part.strip() for command in COMMANDS for part in command.split("&&")} - {""})
-
-
-@pytest.mark.parametrize("command", PARTS)
-def test_the_commands_of_the_readme_run(command, tmp_path, pipelines):
-    """Every command line of the README exits with status 0, in a short form."""
-    if command.startswith("pip "):
-        assert command == "pip install -r requirements.txt"
-        lines = (ROOT / "requirements.txt").read_text().splitlines()
-        assert all(re.fullmatch(r"[a-z_-]+==[0-9.]+", line) for line in lines), (
-            "requirements are pinned"
-        )
-        return
-    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.S):
+@pytest.fixture
+def desk(tmp_path, pipelines):
+    """A folder with what a reader has who came so far: files of the pages, pipelines, a run."""
+    for name, text in re.findall(
+        r"```python\n# (\w+\.py)\n(.*?)```", "".join(TEXTS.values()), re.S
+    ):
         (tmp_path / name).write_text(text)
-    if "--check-vectors" in command:
-        vectors.write(tmp_path / "vectors")
-    if "--model" in command:
-        (tmp_path / "train.txt").write_text("a red dog\n")
-        (tmp_path / "heldout.txt").write_text("a blue bird\n")
-    if "cuda" in command and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+    (tmp_path / "train.txt").write_text("a red dog\n")
+    (tmp_path / "heldout.txt").write_text("a blue bird\n")
+    (tmp_path / "runs" / "shapes-1").mkdir(parents=True)
+    shutil.copy(model.CHECKPOINT, tmp_path / "runs" / "shapes-1" / "checkpoint.safetensors")
+    (tmp_path / "tiny").symlink_to(pipelines)
+    return tmp_path
+
+
+def run(words: list[str], folder: Path) -> str:
+    """What the command prints; it must exit with status 0."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        shortened(command, pipelines),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, f"{words}\n{result.stderr[-2000:]}"
+    return result.stdout
 
 
-def test_the_tour_points_at_what_it_names():
-    """Each `name` of the tour, linked to pave_grpo.py#Lx, is defined or written on line x."""
-    lines = (ROOT / "pave_grpo.py").read_text().splitlines()
-    places = re.findall(r"\[`([^`]+)`\]\(pave_grpo\.py#L(\d+)\)", README)
-    assert len(places) >= 15
-    for name, number in places:
-        assert name in lines[int(number) - 1], (
-            f"{name} is not on line {number}: {lines[int(number) - 1]!r}"
-        )
+ON_PYTHON = [c for c in COMMANDS if c.text.startswith(("python", "torchrun"))]
+
+
+@pytest.mark.parametrize("command", ON_PYTHON, ids=lambda command: command.text)
+def test_commands_run(command, desk):
+    """Every command of the documents exits with status 0, in a short form."""
+    if "random_pipelines" in command.text:
+        (desk / "tiny").unlink()
+    if "--check-vectors" in command.text:
+        vectors.write(desk / "vectors")
+    run([sys.executable, *short_form(command)], desk)
+
+
+def test_prompt_files_are_made_as_shown(desk):
+    """The echo commands write the files that the next command reads."""
+    before = {name: (desk / name).read_text() for name in ("train.txt", "heldout.txt")}
+    for name in before:
+        (desk / name).unlink()
+    for command in COMMANDS:
+        if command.text.startswith("echo"):
+            run(["bash", "-c", command.text], desk)
+    assert {name: (desk / name).read_text() for name in before} == before
+
+
+def test_requirements_are_pinned():
+    """`pip install -r requirements.txt` installs what was tested."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z_-]+==[0-9.]+", line), line
+
+
+def test_pip_installs_the_core_alone(tmp_path):
+    """`pip install .` gives pave_grpo, asks for torch alone, and brings no other module."""
+    assert {c.text for c in COMMANDS if c.text.startswith("pip")} == {
+        "pip install .",
+        "pip install -r requirements.txt",
+    }
+    source, target = tmp_path / "source", tmp_path / "target"
+    tracked = ["LICENSE", "README.md", "pyproject.toml", "pave_grpo.py", "train.py"]
+    source.mkdir()
+    for name in tracked:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "zoo" / "rewards", source / "zoo" / "rewards")
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--no-compile"]
+    run([sys.executable, "-m", "pip", "install", ".", *offline, "--target", str(target)], source)
+    (metadata,) = target.glob("pave_grpo-*.dist-info/METADATA")
+    assert [path.name for path in target.glob("*.py")] == ["pave_grpo.py"]
+    assert not (target / "zoo").exists()
+    assert re.findall(r"Requires-Dist: (\w+)", metadata.read_text()) == ["torch"]
 
 
 def test_the_example_of_the_module_runs():
@@ -181,7 +269,119 @@ def test_the_example_of_the_module_runs():
     assert doctest.testmod(pave_grpo).failed == 0
 
 
-def test_pictures_of_the_readme_exist():
-    """Every picture the README shows is in the repository."""
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+def test_judgements_are_shown_as_they_are_printed(desk):
+    """The example of another implementation is judged as the page says, right and with its bug."""
+    page = TEXTS["docs/CONVENTIONS.md"]
+    right, wrong = re.findall(r"```\n(level.*?|verdict.*?)```", page, re.S)
+    command = [sys.executable, str(ROOT / "verify_equivalence.py"), "--against", "theirs:log_prob"]
+
+    def printed() -> list[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=desk, env=environment, capture_output=True, text=True, timeout=280
+        ).stdout.splitlines()
+
+    lines = printed()
+    for line in right.splitlines():
+        assert line.strip() == "…" or line in lines, line
+
+    file = desk / "theirs.py"
+    file.write_text(file.read_text().replace("** 2)", "** 2 / (2 * std[:, None]))"))
+    shutil.rmtree(desk / "__pycache__", ignore_errors=True)
+    lines = printed()
+    for line in wrong.splitlines():
+        assert line in lines, line
+
+
+# ---- What is said is so --------------------------------------------------------------------------
+
+
+def test_the_readme_fits_two_screens():
+    """At most 150 lines and 1500 words."""
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize(
+    "term", ["transition", "shared anchor", "attribution", "matched", "straight flow"]
+)
+def test_terms_are_defined_before_they_are_used(term):
+    """The first time the README uses a term, it is in bold, where it is defined."""
+    first = re.search(term, README, re.I)
+    assert README[first.start() - 2 : first.end() + 2].lower() == f"**{term}**"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    """Relative links point at files; a link named `f` at a Python file points at where f is."""
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)]+)\)", TEXTS[name]):
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / name).parent / target
+        assert path.is_file(), f"{name}: {target}"
+        code = re.fullmatch(r"`([\w.]+)`", text)
+        if path.suffix == ".py" and code and not target.endswith(code[1]):
+            for part in code[1].split("."):
+                defined = rf"^\s*(def|class) {part}\b|^{part}\b.*="
+                assert re.search(defined, path.read_text(), re.M), f"{name}: {text} in {target}"
+
+
+def test_the_tour_quotes_the_core():
+    """Every line the tour quotes beside an equation is in pave_grpo.py."""
+    rows = [line for line in TEXTS["docs/TOUR.md"].splitlines() if line.endswith("` |")]
+    quotes = [re.findall(r"`([^`]+)` \|$", row)[0] for row in rows]
+    assert len(quotes) >= 15
+    for quote in quotes:
+        assert quote in CORE, quote
+
+
+def test_flags_exist(tmp_path):
+    """Every flag a page names is one of the programs'."""
+    known = {"--shutdown-timeout"}  # torchrun's
+    for words in (["train.py"], ["verify_equivalence.py"]):
+        known |= set(
+            re.findall(
+                r"--[a-z][a-z-]*", run([sys.executable, str(ROOT / words[0]), "--help"], tmp_path)
+            )
+        )
+    for name, text in TEXTS.items():
+        for code in re.findall(r"`(--[^`]+)`", text):
+            flag = re.match(r"--[a-z-]+", code)[0]
+            assert flag in known, f"{name}: {flag}"
+
+
+def test_every_metric_of_a_run_is_explained(desk):
+    """What metrics.jsonl and the run's folder hold is what docs/RUNS.md lists."""
+    words = set_flags([str(ROOT / "train.py")], SHORT_TRAINING)
+    run([sys.executable, *words, "--out", "run"], desk)
+    explained = set(re.findall(r"`(\w+(?:\.\w+)?)`", "\n".join(table_rows("docs/RUNS.md"))))
+    names = {path.name for path in (desk / "run").iterdir()}
+    for line in (desk / "run" / "metrics.jsonl").read_text().splitlines():
+        names |= {re.sub(r"_[23]|_1", "_k", key) for key in json.loads(line)}
+    named = {re.sub(r"^(reward|heldout)_\w+", r"\1_NAME", name) for name in names}
+    assert named <= explained, named - explained
+
+
+def table_rows(page: str) -> list[str]:
+    """First cells of the page's tables."""
+    return [line.split("|")[1] for line in TEXTS[page].splitlines() if line.startswith("|")]
+
+
+def test_the_checks_a_contributor_runs_are_those_of_ci():
+    """Each line of CONTRIBUTING's block of checks is a line of .ci/run."""
+    (block,) = re.findall(r"```bash\n(ruff.*?)```", TEXTS["CONTRIBUTING.md"], re.S)
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    for line in block.splitlines():
+        assert any(done.startswith(line.split(" #")[0].rstrip()) for done in ci), line
+
+
+def test_the_citation_is_of_this_version_and_this_paper():
+    """CITATION.cff parses, and agrees with pyproject.toml and the README."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (paper,) = citation["references"]
+    assert citation["cff-version"] == "1.2.0" and citation["authors"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert paper["title"] in README and paper["journal"] in README
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in README
