@@ -12,7 +12,7 @@ import pave_grpo as pave
 from zoo.oracle import fields
 from zoo.oracle.bench import ETA, Bench, Scene, cosine, reward, term_gradient
 from zoo.shapes import model as shapes_model
-from zoo.shapes import world as shapes
+from zoo.shapes.rule import judge
 
 
 def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
@@ -38,7 +38,7 @@ def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict]:
     if not (
         bench.model and bench.model.size
     ):  # the rule; the smooth reward tells members of equal credit apart
-        rule = shapes.judge(shapes_model.to_images(rollout.x_0.flatten(0, 2).float()), owners).score
+        rule = judge(shapes_model.to_images(rollout.x_0.flatten(0, 2).float()), owners).score
         score = rule.to(score).unflatten(0, score.shape) + 0.1 * score
     advantages, table, precise = pave.group_advantages(score), [], bench.precise()
     alike = lambda a, b, n: nn.functional.cosine_similarity(a.flatten(n), b.flatten(n), dim=-1)

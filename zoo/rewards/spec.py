@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.shapes import world as shapes
+from zoo.shapes import rule
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
-RULES = {"rule": shapes.reward, "right": shapes.right}
+RULES = {"rule": rule.reward, "right": rule.right}
 MODELS = {
     "clip": "dual_encoders",
     "pickscore": "dual_encoders",
