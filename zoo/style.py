@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,6 +39,7 @@ RC: dict[Any, Any] = {
     "axes.xmargin": 0.02,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": HAIR,
     "grid.linewidth": 0.6,
     "xtick.color": FAINT,

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import shlex
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -241,7 +242,6 @@ class Run(NamedTuple):
     score: float  # that validation
     losses: list[float]  # of every step
     scores: list[tuple[int, float]]  # (step, validation)
-    minutes: float
 
 
 def pretrain(options: argparse.Namespace) -> Run:
@@ -287,7 +287,7 @@ def pretrain(options: argparse.Namespace) -> Run:
             best, kept = score, copy.deepcopy(mean)
             if not options.dry_run:
                 save(kept, options.out, provenance(options, step, score))
-    return Run(kept, best, losses, scores, (time.perf_counter() - start) / 60)
+    return Run(kept, best, losses, scores)
 
 
 def provenance(options: argparse.Namespace, step: int, score: float) -> dict[str, str]:
@@ -302,22 +302,22 @@ def provenance(options: argparse.Namespace, step: int, score: float) -> dict[str
 
 
 @style.styled
-def draw(run: Run, path: Path) -> None:
+def draw(run: Run, options: argparse.Namespace, path: Path) -> None:
     """The loss, a mean over each hundredth of the run, and beside it the validations."""
-    note = f"{len(run.losses)} optimiser steps in {run.minutes:.1f} minutes"
-    figure = style.canvas(
-        3.6, f"Pretraining: {run.score:.0%} of held-out prompts fully right", note
-    )
+    steps, pairs = len(run.losses), options.pairs
+    note = f"{steps} steps of {options.batch} fresh pictures, seed {options.seed}"
+    message = f"Pretraining: {run.score:.0%} of {pairs} held-out pictures fully right"
+    figure = style.canvas(3.7, message, note)
     left, right = figure.subplots(1, 2)
-    width = max(1, len(run.losses) // 100)
-    whole = torch.tensor(run.losses)[: len(run.losses) // width * width]
-    smooth = whole.view(-1, width).mean(1).tolist()
-    left.plot([(i + 0.5) * width for i in range(len(smooth))], smooth, color=style.PALETTE[0])
-    left.set(title="flow-matching loss", xlabel="optimiser steps", yscale="log")
-    steps = [step for step, _ in run.scores]
-    scores = [score for _, score in run.scores]
-    right.plot(steps, scores, "o-", color=style.PALETTE[1])
-    right.set(title="share fully right, 8 Euler steps", xlabel="optimiser steps", ylim=(0, 1))
+    left.set_title("flow-matching loss", color=style.FAINT)
+    right.set_title("fully right, 8 Euler steps", color=style.FAINT)
+    width = max(1, steps // 100)
+    starts = range(0, steps - width + 1, width)
+    means = [statistics.fmean(run.losses[start : start + width]) for start in starts]
+    left.plot([start + width / 2 for start in starts], means)
+    left.set(xlabel="optimiser steps", yscale="log", xlim=(0, steps))
+    right.plot([step for step, _ in run.scores], [score for _, score in run.scores], "o-")
+    right.set(xlabel="optimiser steps", xlim=(0, 1.03 * steps), ylim=(0, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=style.DPI)
 
@@ -329,7 +329,7 @@ def main() -> None:
     run = pretrain(options)
     if options.dry_run:
         return
-    draw(run, Path(options.figure))
+    draw(run, options, Path(options.figure))
     kept = f"kept the weights with validation {run.score:.3f} in {options.out}"
     print(f"{kept}, the curve in {options.figure}")
     summary(run.model, options.seed)
