@@ -1,65 +1,53 @@
-"""Released text-to-image flows, SD3 and FLUX, as velocities: v(x, t, c) over latents, c the index of a prompt.
+"""A released text-to-image flow as a velocity: v(x, t, prompt) over latents, prompt by its index.
 
-    _class_name in model_index.json   latent x, float32              the transformer gets
-    StableDiffusion3Pipeline          [B, C, h, w]                   1000 t; guidance by a second, empty-prompt half
-    FluxPipeline                      [B, h w / 4, 4 C], packed 2x2  t; guidance as an input, where the model takes it
-
-h and w are the picture's sides over the VAE's reduction. Given a pipeline's own sigmas, initial noise, prompts and
-guidance, pave_grpo.ode_sample on such a velocity gives the latents of the pipeline itself, to float32 rounding (tests/
-test_diffusion.py). Loading, text encoders, VAE and schedulers are diffusers'; nothing is loaded twice. One thing is
-diffusers' choice, not ours: FLUX's network rounds the time it is given to the dtype it computes in.
+Flow is a pipeline of diffusers and what this project asks of it; a family (sd3.py, flux.py) says
+how its latents lie, what its transformer is given and what guidance means. Given a pipeline's own
+sigmas, initial noise, prompts and guidance, pave_grpo.ode_sample on such a velocity gives the
+latents of the pipeline itself, to float32 rounding (tests/released/test_flows.py). Text encoders,
+VAE and schedulers are diffusers'; nothing is loaded twice.
 """
 
 from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from pave_grpo import Velocity
 
-FAMILIES = {
-    "StableDiffusion3Pipeline": (StableDiffusion3Pipeline, SD3Transformer2DModel),
-    "FluxPipeline": (FluxPipeline, FluxTransformer2DModel),
-}
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-
 
 class Texts(NamedTuple):
-    """What the transformer is told of each prompt: tokens [N, L, D], pooled [N, D']; N prompts."""
+    """What the transformer is told of N prompts: tokens [N, L, D] and pooled [N, D']."""
 
     tokens: Tensor
     pooled: Tensor
 
+    def pick(
+        self, rows: Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> Texts:
+        """Texts of the prompts rows [B], on a device, in a dtype (None: as they are)."""
+        rows = rows.to(self.tokens.device)
+        return Texts(self.tokens[rows].to(device, dtype), self.pooled[rows].to(device, dtype))
+
 
 @contextmanager
 def quiet(bars: bool = True) -> Iterator[None]:
-    """Within, diffusers and transformers report errors only: they would print whole prompts that we name in a line.
+    """Within, diffusers and transformers report errors only.
 
-    bars: diffusers counts the parts it loads.
+    They would print whole prompts, which `cut_off` names in a line. With `bars`, diffusers counts
+    the parts it loads.
     """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     levels = [(z, z.get_verbosity()) for z in (diffusers_logging, transformers_logging)]
     shown = transformers_logging.is_progress_bar_enabled()
     for library, _ in levels:
@@ -77,226 +65,173 @@ def quiet(bars: bool = True) -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def readable(path: str, read: Callable, bars: bool = False):
-    """read(), any failure to find or fetch as one line that names the model."""
-    try:
-        with quiet(bars):
-            return read()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"model {path!r}: cannot be loaded ({said}); must be a diffusers pipeline's folder or hub "
-            f"id"
-        ) from error
-
-
-def family_of(path: str, revision: str | None = None) -> str:
-    """The `_class_name` in model_index.json of a folder or hub id. Raises ValueError where it is none of FAMILIES."""
-    if Path(path).is_file() or (revision and Path(path).exists()):
-        raise ValueError(
-            f"model {path!r}, revision {revision!r}: must be a folder, without a revision, or a hub id"
-        )
-    name = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision)).get(
-        "_class_name"
-    )
-    if name not in FAMILIES:
-        raise ValueError(f"model {path!r} is a {name}; must be one of {', '.join(FAMILIES)}")
-    return name
-
-
-def load(
-    path: str,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    master: torch.dtype | None = None,
-    bars: bool = True,
-) -> Flow:
-    """The pipeline of a folder or hub id as a Flow, in evaluation mode, frozen, on the CPU.
-
-    dtype is what everything computes in; master (default: the same) what the transformer's weights are kept in; bars
-    shows progress.
-    Raises ValueError for a pipeline of another family, before its weights are read.
-    """
-    family_of(path, revision)
-    parts = readable(path, lambda: DiffusionPipeline.load_config(path, revision=revision))
-    absent = {
-        name: None
-        for name, part in parts.items()
-        if isinstance(part, list | tuple) and part[0] is None
-    }
-    dtypes = {
-        "transformer": master or dtype,
-        "default": dtype,
-    }  # absent: an SD3 without T5 must be told so
-    pipe = readable(
-        path,
-        lambda: DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, revision=revision, use_safetensors=True, **absent
-        ),
-        bars,
-    )
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.eval().requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
-    return Flow(pipe, dtype, autocast=(master or dtype) != dtype)
-
-
-def outline(path: str, revision: str | None = None) -> Flow:
-    """The same without text encoders and without weights, which are on the meta device: shapes, sizes and grids."""
-    pipeline, transformer = FAMILIES[family_of(path, revision)]
-    where = {"pretrained_model_name_or_path": path, "revision": revision}
-
-    def bare(cls: type, part: str) -> nn.Module:
-        return readable(path, lambda: cls.from_config(cls.load_config(subfolder=part, **where)))
-
-    with torch.device("meta"):
-        network, vae = bare(transformer, "transformer").eval(), bare(AutoencoderKL, "vae")
-    scheduler = readable(
-        path,
-        lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(subfolder="scheduler", **where),
-    )
-    texts = (
-        (*ENCODERS, *TOKENIZERS)
-        if pipeline is StableDiffusion3Pipeline
-        else (*ENCODERS[:2], *TOKENIZERS[:2])
-    )
-    return Flow(pipeline(transformer=network, vae=vae, scheduler=scheduler, **dict.fromkeys(texts)))
+# The matrices of a block that attends to picture and words jointly, as diffusers names them.
+JOINT_BLOCK = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
 
 
 @dataclass(frozen=True)
-class Flow:
-    """A pipeline, and what this project asks of it."""
+class Flow(ABC):
+    """A pipeline, and what this project asks of it. What is abstract is the family's to say."""
 
-    pipe: StableDiffusion3Pipeline | FluxPipeline
+    # Of the family.
+    name: ClassVar[str]  # begins the names of run folders
+    preset: ClassVar[str]  # the authors' setting, as train.py's --preset calls it
+    default_guidance: ClassVar[float]  # of train.py's --guidance
+    pipeline_class: ClassVar[str]  # diffusers' names
+    transformer_class: ClassVar[str]
+    encoders: ClassVar[tuple[str, ...]]  # the pipeline's components
+    tokenizers: ClassVar[tuple[str, ...]]
+    reads: ClassVar[dict[str, int]]  # tokens of a tokenizer's that are read, where not its maximum
+    lora_targets: ClassVar[tuple[str, ...]]  # ends of the names of matrices that get adapters
+
+    # Of the instance.
+    pipe: Any  # the pipeline, a diffusers.DiffusionPipeline
     dtype: torch.dtype = torch.float32  # of computation, whatever the weights are kept in
-    autocast: bool = False  # weights are kept in another dtype: torch.autocast casts them
+    autocast: bool = False  # some weights are kept in another dtype: torch.autocast casts them
 
     @property
-    def is_flux(self) -> bool:
-        return isinstance(self.pipe, FluxPipeline)
-
-    @property
-    def transformer(self) -> nn.Module:
-        """The velocity network, whose parameters are theta."""
+    def transformer(self) -> Any:
+        """The velocity network, a module of `transformer_class`, whose parameters are theta."""
         return self.pipe.transformer
 
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one latent of a picture, without the batch.
+    # ---- Sizes -------------------------------------------------------------------------------
 
-        Raises ValueError for sides that do not divide, or for which SD3's table of positions is too small.
+    @property
+    @abstractmethod
+    def patch(self) -> int:
+        """Latent positions that one side of a token covers."""
+
+    @property
+    def max_patches(self) -> int | None:
+        """Tokens along a side that the network has positions for; None: any number."""
+        return None
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """Latent positions (h, w) of a picture: its sides over the VAE's reduction.
+
+        Raises ValueError for sides that do not divide into tokens or are too long.
         """
         reduction = self.pipe.vae_scale_factor
-        unit = reduction * (2 if self.is_flux else self.transformer.config.patch_size)
-        most = unit * (self.transformer.config.get("pos_embed_max_size") or 10**6)
-        if min(height, width) <= 0 or height % unit or width % unit or max(height, width) > most:
-            up_to = f" up to {most}" if most < 10**6 else ""
+        unit = reduction * self.patch
+        longest = unit * self.max_patches if self.max_patches else None
+        fit = min(height, width) > 0 and height % unit == 0 and width % unit == 0
+        if not fit or (longest and max(height, width) > longest):
+            up_to = f" up to {longest}" if longest else ""
             raise ValueError(
                 f"size {height} x {width}: both must be positive multiples of {unit}{up_to}"
             )
-        h, w, channels = (
-            height // reduction,
-            width // reduction,
-            self.transformer.config.in_channels,
-        )
-        return (h * w // 4, channels) if self.is_flux else (channels, h, w)
+        return height // reduction, width // reduction
+
+    @abstractmethod
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one latent of a picture, without the batch. ValueError as `sides`."""
+
+    # ---- Prompts -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_batch(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens and pooled of these prompts, on the device of the encoders."""
 
     @quiet()
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 8, bars: bool = False) -> Texts:
         """Texts of the prompts on the CPU, `batch` at a time. Encode once, then `drop_encoders`."""
-        parts, device = [], self.pipe.text_encoder.device
-        for start in tqdm(
-            range(0, len(prompts), batch), "encoding prompts", leave=False, disable=not bars
-        ):
-            some = list(prompts[start : start + batch])
-            if self.is_flux:
-                tokens, pooled, _ = self.pipe.encode_prompt(some, None, device=device)
-            else:
-                tokens, _, pooled, _ = self.pipe.encode_prompt(
-                    some, None, None, device=device, do_classifier_free_guidance=False
-                )
-            parts.append((tokens.cpu(), pooled.cpu()))
-        return Texts(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        device = self.pipe.text_encoder.device
+        starts = range(0, len(prompts), batch)
+        tokens, pooled = [], []
+        for start in tqdm(starts, "encoding prompts", leave=False, disable=not bars):
+            parts = self.encode_batch(list(prompts[start : start + batch]), device)
+            tokens.append(parts[0].cpu())
+            pooled.append(parts[1].cpu())
+        return Texts(torch.cat(tokens), torch.cat(pooled))
+
+    def encode_empty(self, guidance: float) -> Texts | None:
+        """Texts of the empty prompt, one row, where this guidance takes it; else None."""
+        return self.encode([""]) if self.splits(guidance) else None
 
     @quiet()
     def cut_off(self, prompts: Sequence[str]) -> list[str]:
         """A line for every prompt of which a text encoder reads the beginning only."""
-        limits = {
-            id(z): z.model_max_length
-            for z in (getattr(self.pipe, name, None) for name in TOKENIZERS)
-            if z
-        }
-        t5 = self.pipe.tokenizer_2 if self.is_flux else self.pipe.tokenizer_3
-        if t5 is not None:
-            limits[id(t5)] = 512 if self.is_flux else 256  # what encode_prompt asks of it
         lines = []
-        for tokenizer in (getattr(self.pipe, name, None) for name in TOKENIZERS):
-            counts = (
-                [len(z) for z in tokenizer(list(prompts)).input_ids]
-                if tokenizer and prompts
-                else []
-            )
-            lines += [
-                f"prompt {textwrap.shorten(prompt, 60)!r} has {n} tokens, of which {type(tokenizer).__name__} "
-                f"reads {limits[id(tokenizer)]}"
-                for prompt, n in zip(prompts, counts)
-                if n > limits[id(tokenizer)]
-            ]
+        for name in self.tokenizers if prompts else ():
+            tokenizer = getattr(self.pipe, name)
+            if tokenizer is None:  # the pipeline was saved without this encoder
+                continue
+            limit = self.reads.get(name, tokenizer.model_max_length)
+            for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+                if len(tokens) > limit:
+                    lines.append(
+                        f"prompt {textwrap.shorten(prompt, 60)!r} has {len(tokens)} tokens, "
+                        f"of which {type(tokenizer).__name__} reads {limit}"
+                    )
         return list(dict.fromkeys(lines))
 
     def move_encoders(self, device: torch.device) -> None:
         """Move the text encoders, to encode there."""
-        for name in ENCODERS:
-            if getattr(self.pipe, name, None) is not None:
+        for name in self.encoders:
+            if getattr(self.pipe, name) is not None:
                 getattr(self.pipe, name).to(device)
 
     def drop_encoders(self) -> None:
         """Forget the text encoders, which nothing needs once prompts are encoded."""
-        for name in ENCODERS:
-            if getattr(self.pipe, name, None) is not None:
-                setattr(self.pipe, name, None)
+        for name in self.encoders:
+            setattr(self.pipe, name, None)
+
+    # ---- Time --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def timesteps(self, steps: int, height: int, width: int) -> dict[str, Any]:
+        """What the pipeline asks of its scheduler for this many steps at this size."""
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
-        """The pipeline's own grid of `steps` steps at this size, float64 [steps + 1], from the first sigma to 0."""
-        scheduler, config = copy.deepcopy(self.pipe.scheduler), self.pipe.scheduler.config
-        shape, options = self.shape(height, width), {}
-        if config.get("use_dynamic_shifting") or self.is_flux:
-            patch = 1 if self.is_flux else self.transformer.config.patch_size
-            tokens = shape[0] if self.is_flux else (shape[1] // patch) * (shape[2] // patch)
-            options["mu"] = calculate_shift(
-                tokens,
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.15 if self.is_flux else 1.16),
-            )
-        if self.is_flux and not config.get("use_flow_sigmas"):
-            scheduler.set_timesteps(
-                sigmas=torch.linspace(1, 1 / steps, steps).double().numpy(), **options
-            )
-        else:
-            scheduler.set_timesteps(steps, **options)
+        """The pipeline's own grid at this size: float64 [steps + 1], from the first sigma to 0."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(**self.timesteps(steps, height, width))
         return scheduler.sigmas.double()
 
-    def splits(self, guidance: float) -> bool:
-        """Whether a velocity takes two evaluations a row, with the prompt and without: SD3 with guidance above 1.
+    def dynamic_shift(self, height: int, width: int, max_shift: float) -> float:
+        """mu, by which a scheduler shifts its grid: linear in the number of a picture's tokens.
 
-        Raises ValueError for a guidance the model cannot take: FLUX with the guidance embedding needs one above 0, FLUX
-        without it (schnell) none, SD3 one above 1, or 0 or 1 for none.
+        max_shift is the pipeline's default where the scheduler's configuration names none.
         """
-        embeds = self.is_flux and bool(self.transformer.config.guidance_embeds)
-        fits = (guidance > 0) == embeds if self.is_flux else guidance >= 1 or guidance == 0
-        if not (fits and 0 <= guidance < float("inf")):
-            takes = (
-                "above 0: this FLUX model takes guidance"
-                if embeds
-                else "0: this FLUX model has no guidance input"
-            )
-            raise ValueError(
-                f"guidance={guidance}: must be {takes if self.is_flux else 'above 1, or 0 for none'}"
-            )
-        return not self.is_flux and guidance > 1
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        h, w = self.sides(height, width)
+        config = self.pipe.scheduler.config
+        return calculate_shift(
+            (h // self.patch) * (w // self.patch),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", max_shift),
+        )
+
+    # ---- Velocity ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def splits(self, guidance: float) -> bool:
+        """Whether a velocity takes two evaluations a row, with the prompt and without.
+
+        Raises ValueError for a guidance that the model cannot take.
+        """
+
+    @property
+    @abstractmethod
+    def single_guidance(self) -> float:
+        """A usual guidance that takes one evaluation a row."""
 
     def velocity(
         self,
@@ -307,83 +242,59 @@ class Flow:
         empty: Texts | None = None,
         network: nn.Module | None = None,
     ) -> Velocity:
-        """v(x, t, c) of latents x in float32, rows of prompts texts[c]; the network computes in `dtype`.
+        """v(x, t, prompt) of latents x in float32, row b told texts[prompt[b]].
 
-        guidance       SD3: v = v_empty + guidance (v_text - v_empty) where above 1, in one batch of both halves; FLUX:
-                       the model's guidance input, which a model without one must be given as 0
-        empty          SD3 with guidance above 1: the Texts of the negative prompt, one row
-        network        another transformer of the same class (a reference policy); default: the pipeline's
-        Raises ValueError where they do not fit together.
+        texts      of the prompts, wherever they lie; what is asked for is moved to x's device
+        empty      `encode_empty` of this guidance
+        network    another transformer of the same class, a reference policy say
+        The network computes in `dtype`. Raises ValueError where these do not fit together.
         """
-        network, config, dtype = network or self.transformer, self.transformer.config, self.dtype
-        split = self.splits(guidance)
-        if split != (empty is not None):
+        if self.splits(guidance) != (empty is not None):
             raise ValueError(
-                f"guidance={guidance}: the negative prompt must be given exactly for SD3 above 1"
+                f"guidance={guidance}: texts of the empty prompt must be given where a velocity "
+                f"takes two evaluations a row, and only there"
             )
-        self.shape(height, width)
-        rows = height // self.pipe.vae_scale_factor // 2, width // self.pipe.vae_scale_factor // 2
+        sides = self.sides(height, width)
+        return self.make_velocity(network or self.transformer, texts, sides, guidance, empty)
 
-        def told(part: Tensor, c: Tensor, x: Tensor) -> Tensor:
-            return part[c.to(part.device)].to(x.device, dtype)
+    @abstractmethod
+    def make_velocity(
+        self,
+        network: nn.Module,
+        texts: Texts,
+        sides: tuple[int, int],
+        guidance: float,
+        empty: Texts | None,
+    ) -> Velocity:
+        """`velocity` of arguments that fit together, for latents of these sides."""
 
-        def casting(x: Tensor):
-            return torch.autocast(x.device.type, dtype) if self.autocast else nullcontext()
-
-        def sd3(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-            """Latents [B, C, h, w]; the network counts time to 1000."""
-            tokens, pooled = (told(part, c, x) for part in texts)
-            if split:
-                nothing = torch.zeros_like(c)
-                tokens, pooled = (
-                    torch.cat([told(e, nothing, x), part])
-                    for e, part in zip(empty, (tokens, pooled))
-                )
-                x, t = x.repeat(2, 1, 1, 1), t.repeat(2)
-            with casting(x):
-                v = network(
-                    hidden_states=x.to(dtype),
-                    timestep=1000 * t,
-                    encoder_hidden_states=tokens,
-                    pooled_projections=pooled,
-                    return_dict=False,
-                )[0].float()
-            if split:
-                without, with_text = v.chunk(2)
-                v = without + guidance * (with_text - without)
-            return v
-
-        def flux(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-            """Packed latents [B, h w / 4, 4 C]; each token says its row and column, words say zero."""
-            tokens, pooled = (told(part, c, x) for part in texts)
-            at = torch.arange(rows[0], device=x.device), torch.arange(rows[1], device=x.device)
-            y, z = torch.meshgrid(*at, indexing="ij")
-            places = torch.stack([torch.zeros_like(y), y, z], -1).flatten(0, 1).to(dtype)
-            words = torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype)
-            how = (
-                torch.full((len(x),), guidance, device=x.device) if config.guidance_embeds else None
+    def evaluate(self, network: nn.Module, x: Tensor, texts: Texts, **inputs: Any) -> Tensor:
+        """The network's output for latents x and as many texts, computed in `dtype`, in float32."""
+        casting = torch.autocast(x.device.type, self.dtype) if self.autocast else nullcontext()
+        with casting:
+            output = network(
+                hidden_states=x.to(self.dtype),
+                encoder_hidden_states=texts.tokens,
+                pooled_projections=texts.pooled,
+                return_dict=False,
+                **inputs,
             )
-            with casting(x):
-                return network(
-                    hidden_states=x.to(dtype),
-                    timestep=t,
-                    guidance=how,
-                    pooled_projections=pooled,
-                    encoder_hidden_states=tokens,
-                    txt_ids=words,
-                    img_ids=places,
-                    return_dict=False,
-                )[0].float()
+            return output[0].float()
 
-        return flux if self.is_flux else sd3
+    # ---- Pictures ----------------------------------------------------------------------------
+
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The latents as the VAE takes them, [B, C, h, w]."""
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor, height: int, width: int, batch: int = 4) -> Tensor:
-        """Pictures float32 [B, 3, height, width] in [0, 1], `batch` latents (0: all) through the VAE at a time."""
+        """Pictures float32 [B, 3, height, width] in [0, 1], by `batch` latents (0: all) a call."""
         vae = self.pipe.vae
-        if self.is_flux:
-            latents = self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        latents = self.unpack(latents, height, width)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        parts = (part.to(vae.device, vae.dtype) for part in latents.split(batch or len(latents)))
-        pictures = [vae.decode(part, return_dict=False)[0].float() for part in parts]
+        pictures = []
+        for part in latents.split(batch or len(latents)):
+            decoded = vae.decode(part.to(vae.device, vae.dtype), return_dict=False)[0]
+            pictures.append(decoded.float())
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)

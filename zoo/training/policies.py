@@ -1,34 +1,21 @@
-"""What train.py aligns, behind one interface: the embedded model, or a released SD3 or FLUX.
-
-    member                        meaning
-    name, shape                   of the run's folder; of one state x
-    sizes                         counts of weights, known before any is read
-    grid(steps)                   times of the sampler, float64 [steps + 1]
-    kind(prompt)                  a family of prompts to report apart, or ""
-    load(prompts, device, rank, world)  read the weights, encode these prompts: nothing else can be asked for later
-    cut_off                       after loading: lines about prompts that an encoder does not read to their end
-    network, tuned, sharded       after loading: the module, what an optimiser moves, whether FSDP2 averages gradients
-    velocity(prompts)             v(x, t, c), row c of prompts[c]; reference_velocity(prompts): of the initial policy
-    decode(x)                     states -> pictures [B, 3, H, W] in [0, 1], on x's device
-    save(folder, main)            every rank calls, `main` writes; says where
-
-Constructors look at configurations only and raise ValueError, in one line, for what does not fit together.
-"""
+"""What train.py aligns: the embedded model, or a released SD3 or FLUX, behind one interface."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import pave_grpo as pave
+from zoo.released import families, tuning
 from zoo.shapes import model as shapes_model
 from zoo.shapes import world as shapes
 
@@ -39,17 +26,71 @@ class Sizes(NamedTuple):
     weights: int  # of the network
     tuned: int  # numbers the optimiser moves
     rows: int  # network rows of one velocity evaluation: 2 with classifier-free guidance
-    frozen: int  # bytes a rank holds of weights that are not trained, the reference's included
-    masters: int  # bytes a rank holds of those that are; gradients and averages take as many again, Adam twice
+    frozen: int  # bytes of the weights that are not trained, the reference's included
+    masters: int  # bytes of those that are; gradients and averages take as many again, Adam twice
 
 
-# ---- The embedded model ----------------------------------------------------------------------------------------
+class Policy(Protocol):
+    """A velocity network that can be sampled, tuned, and saved.
+
+    Constructors look at configurations only, and raise ValueError, in one line, for what does not
+    fit together.
+    """
+
+    name: str  # begins the names of run folders
+    shape: tuple[int, ...]  # of one state x
+    sizes: Sizes
+    sharded: bool  # over the ranks by FSDP2, which then averages gradients itself
+
+    # After `load`.
+    network: nn.Module
+    tuned: list[nn.Parameter]  # what an optimiser moves
+    cut_off: list[str]  # a line for every prompt that an encoder does not read to its end
+
+    def grid(self, steps: int) -> Tensor:
+        """Times of the sampler, float64 [steps + 1]."""
+        ...
+
+    def kind(self, prompt: str) -> str:
+        """The family of prompts to report this one under, or ""."""
+        ...
+
+    def load(
+        self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1
+    ) -> Policy:
+        """Read the weights and encode these prompts; no others can be asked for. Returns itself."""
+        ...
+
+    def velocity(self, prompts: Sequence[str]) -> pave.Velocity:
+        """v(x, t, prompt) with prompt an index into these prompts."""
+        ...
+
+    def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
+        """The same of the policy that training began from; only where `reference` was asked for."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States [B, *shape] -> pictures [B, 3, H, W] in [0, 1], on x's device."""
+        ...
+
+    def save(self, folder: Path, main: bool) -> str:
+        """Write the network into the folder and say where. Every rank calls; `main` writes."""
+        ...
 
 
-class Embedded:
-    """The model of coloured shapes. tune: 'transformer' leaves the layers at pixel resolution alone; or 'full'."""
+# ---- The embedded model --------------------------------------------------------------------------
 
-    name, shape, sharded, cut_off = "shapes", (3, shapes.SIZE, shapes.SIZE), False, ()
+
+class Embedded(Policy):
+    """The model of coloured shapes.
+
+    tune: 'transformer' leaves the layers at pixel resolution alone; or 'full'. `reference` keeps a
+    frozen copy for the KL.
+    """
+
+    name = "shapes"
+    shape = (3, shapes.SIZE, shapes.SIZE)
+    sharded = False
 
     def __init__(
         self,
@@ -58,17 +99,17 @@ class Embedded:
         shift: float = 1.0,
         reference: bool = False,
     ):
-        self.network, self.shift = shapes_model.load(checkpoint), shift
+        self.network = shapes_model.load(checkpoint)
+        self.shift = shift
+        self.cut_off = []
         for name, p in self.network.named_parameters():
             p.requires_grad_(tune == "full" or name.split(".")[0] not in shapes_model.PIXEL_LAYERS)
         self.reference = copy.deepcopy(self.network).requires_grad_(False) if reference else None
         self.tuned = [p for p in self.network.parameters() if p.requires_grad]
-        weights, tuned = (
-            sum(p.numel() for p in z) for z in (self.network.parameters(), self.tuned)
-        )
-        self.sizes = Sizes(
-            weights, tuned, 1, 4 * (weights - tuned + weights * reference), 4 * tuned
-        )
+        weights = sum(p.numel() for p in self.network.parameters())
+        tuned = sum(p.numel() for p in self.tuned)
+        frozen = weights - tuned + (weights if reference else 0)
+        self.sizes = Sizes(weights, tuned, rows=1, frozen=4 * frozen, masters=4 * tuned)
 
     def grid(self, steps: int) -> Tensor:
         return pave.schedule(steps, self.shift)
@@ -81,17 +122,25 @@ class Embedded:
     ) -> Embedded:
         """Move to the device; prompts are words, which need no encoder."""
         self.network.to(device)
-        if self.reference:
+        if self.reference is not None:
             self.reference.to(device)
         return self
 
-    def velocity(self, prompts: Sequence[str], network: nn.Module | None = None) -> pave.Velocity:
-        network = network or self.network
-        tokens = shapes_model.tokenize(list(prompts)).to(next(network.parameters()).device)
-        return lambda x, t, c: network(x, t, tokens[c])
+    def velocity(self, prompts: Sequence[str]) -> pave.Velocity:
+        return self.velocity_of(self.network, prompts)
 
     def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
-        return self.velocity(prompts, self.reference)
+        assert self.reference is not None, "this policy keeps no reference"
+        return self.velocity_of(self.reference, prompts)
+
+    def velocity_of(self, network: nn.Module, prompts: Sequence[str]) -> pave.Velocity:
+        """The velocity of the model, or of its reference."""
+        tokens = shapes_model.tokenize(list(prompts)).to(next(network.parameters()).device)
+
+        def velocity(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+            return network(x, t, tokens[prompt])
+
+        return velocity
 
     def decode(self, x: Tensor) -> Tensor:
         return shapes_model.to_images(x)
@@ -102,84 +151,54 @@ class Embedded:
         return "checkpoint.safetensors"
 
 
-# ---- SD3 and FLUX ----------------------------------------------------------------------------------------------
+# ---- SD3 and FLUX --------------------------------------------------------------------------------
 
 
-class Released:
-    """A pipeline of diffusers (zoo/released/pipeline.py), tuned by 'lora' or 'full' (zoo/released/tuning.py).
+@dataclass(eq=False)
+class Released(Policy):
+    """A pipeline of diffusers (zoo/released/pipeline.py), tuned by zoo/released/tuning.py."""
 
-    dtype is that of computation; what is trained is float32. sigmas: 'shifted', the grid of `shift`, or 'pipeline', its
-    scheduler's own. With `reference` a full run keeps a frozen copy; adapters need none, they are switched off.
-    """
+    path: str  # folder or hub id
+    revision: str | None = None
+    _: KW_ONLY
+    size: Sequence[int] = (512, 512)  # height and width of pictures
+    guidance: float = 0.0
+    dtype: torch.dtype = torch.bfloat16  # of computation; what is trained is float32
+    sigmas: str = "shifted"  # the grid of `shift`; or "pipeline", its scheduler's own
+    shift: float = 3.0
+    tune: str = "lora"  # or "full"
+    rank: int = 64  # of the adapters
+    alpha: float = 128.0  # their scaling is alpha / rank
+    seed: int = 0  # of the adapters
+    checkpointing: bool = False  # blocks are computed again in the backward pass
+    reference: bool = False  # full: keep a frozen copy; adapters need none, they are switched off
+    decode_batch: int = 4  # states per call of the VAE, 0: all
+    world: int = 1  # ranks that will share the work
 
-    def __init__(
-        self,
-        path: str,
-        revision: str | None = None,
-        *,
-        size: Sequence[int] = (512, 512),
-        guidance: float = 0.0,
-        dtype: torch.dtype = torch.bfloat16,
-        sigmas: str = "shifted",
-        shift: float = 3.0,
-        tune: str = "lora",
-        rank: int = 64,
-        alpha: float = 128.0,
-        seed: int = 0,
-        checkpointing: bool = False,
-        reference: bool = False,
-        decode_batch: int = 4,
-        world: int = 1,
-    ):
-        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
-        from zoo.released import tuning
+    def __post_init__(self) -> None:
+        self.flow = families.outline(self.path, self.revision)
+        self.name = self.flow.name
+        self.height, self.width = self.size
+        self.shape = self.flow.shape(self.height, self.width)
+        self.sharded = self.tune == "full" and self.world > 1
+        self.sizes = self.measured()
 
-        self.path, self.revision, self.size, self.guidance, self.dtype = (
-            path,
-            revision,
-            tuple(size),
-            guidance,
-            dtype,
-        )
-        self.sigmas, self.shift, self.tune, self.rank, self.alpha, self.seed = (
-            sigmas,
-            shift,
-            tune,
-            rank,
-            alpha,
-            seed,
-        )
-        self.checkpointing, self.with_reference, self.decode_batch = (
-            checkpointing,
-            reference,
-            decode_batch,
-        )
-        self.sharded = tune == "full" and world > 1
-        self.flow = diffusion.outline(path, revision)
-        self.name = "flux" if self.flow.is_flux else "sd3"
-        self.shape = self.flow.shape(*self.size)
-        weights, tuned = sum(p.numel() for p in self.flow.transformer.parameters()), 0
-        if tune == "lora":
-            tuned = sum(
-                rank * (m.in_features + m.out_features)
-                for m in tuning.matrices(self.flow.transformer).values()
-            )
-        share = world if self.sharded else 1
-        frozen = (weights if tune == "lora" or reference else 0) * dtype.itemsize // share
-        self.sizes = Sizes(
-            weights,
-            tuned or weights,
-            2 if self.flow.splits(guidance) else 1,
-            frozen,
-            4 * (tuned or weights) // share,
+    def measured(self) -> Sizes:
+        """Sizes, from the outline."""
+        lora = self.tune == "lora"
+        weights = sum(p.numel() for p in self.flow.transformer.parameters())
+        tuned = tuning.lora_size(self.flow, self.rank) if lora else weights
+        rows = 2 if self.flow.splits(self.guidance) else 1
+        frozen = weights if lora or self.reference else 0
+        share = self.world if self.sharded else 1
+        return Sizes(
+            weights, tuned, rows, frozen * self.dtype.itemsize // share, 4 * tuned // share
         )
 
     def grid(self, steps: int) -> Tensor:
-        return (
-            pave.schedule(steps, self.shift)
-            if self.sigmas == "shifted"
-            else self.flow.sigmas(steps, *self.size)
-        )
+        if self.sigmas == "pipeline":
+            return self.flow.sigmas(steps, self.height, self.width)
+        return pave.schedule(steps, self.shift)
 
     def kind(self, prompt: str) -> str:
         return ""
@@ -187,97 +206,111 @@ class Released:
     def load(
         self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1
     ) -> Released:
-        """Encode the prompts on the device, forget the encoders, then move the transformer and the VAE there."""
-        from zoo.released import pipeline as diffusion
-        from zoo.released import tuning
-
-        masters = torch.float32 if self.tune == "full" else self.dtype
-        self.flow = diffusion.load(self.path, self.dtype, self.revision, masters, bars=rank == 0)
-        self.cut_off = self.flow.cut_off(list(prompts))
-        self.flow.move_encoders(device)
-        self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        self.texts = self.flow.encode(list(self.row), bars=rank == 0)
-        empty = self.flow.encode([""]) if self.flow.splits(self.guidance) else None
-        self.empty = empty and type(empty)(*(part.to(device) for part in empty))
-        self.flow.drop_encoders()
+        """Encode the prompts on the device, forget the encoders, move the rest there, and tune."""
+        self.flow = families.load(
+            self.path,
+            self.dtype,
+            self.revision,
+            master=torch.float32 if self.tune == "full" else None,
+            autocast=self.dtype != torch.float32,  # the masters', or the adapters', products too
+            bars=rank == 0,
+        )
+        self.device = device
+        self.encode(prompts, bars=rank == 0)
         self.flow.pipe.vae.to(device)
-        network = self.network = self.flow.transformer
-        self.device, self.plain, self.reference = device, type(network), None
+        self.network = self.flow.transformer
         if self.checkpointing:
-            network.enable_gradient_checkpointing()
+            self.flow.transformer.enable_gradient_checkpointing()
+        self.copy: nn.Module | None = None
         if self.tune == "lora":
-            network.to(device)
-            # Adapters are float32: without autocast, so would be every product with them.
-            self.flow = dataclasses.replace(self.flow, autocast=self.dtype != torch.float32)
-            self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, seed=self.seed)
-            return self
-        if self.with_reference:
-            self.reference = tuning.copied(
-                self.plain, network.config, network.state_dict(), self.dtype
-            )
-        network.requires_grad_(True)
-        mesh = init_device_mesh(device.type, (world,)) if self.sharded else None
-        for module in filter(None, (network, self.reference)):
-            if mesh:
-                tuning.shard(module, self.dtype, mesh)
-            module.to(device)
-        self.tuned = list(network.parameters())
+            self.network.to(device)
+            self.tuned = tuning.add_lora(self.flow, self.rank, self.alpha, self.seed)
+        else:
+            self.tune_all(world)
         return self
 
-    def velocity(self, prompts: Sequence[str], network: nn.Module | None = None) -> pave.Velocity:
-        """Each call moves its prompts' texts to the device once."""
-        rows = torch.tensor([self.row[prompt] for prompt in prompts])
-        texts = type(self.texts)(*(part[rows].to(self.device) for part in self.texts))
-        return self.flow.velocity(texts, *self.size, self.guidance, self.empty, network)
+    def encode(self, prompts: Sequence[str], bars: bool) -> None:
+        """Keep the texts of these prompts, on the CPU, and of the empty one where it is needed."""
+        self.cut_off = self.flow.cut_off(prompts)
+        self.flow.move_encoders(self.device)
+        self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self.texts = self.flow.encode(list(self.row), bars=bars)
+        self.empty = self.flow.encode_empty(self.guidance)
+        if self.empty is not None:
+            self.empty = self.empty.pick(torch.tensor([0]), self.device)
+        self.flow.drop_encoders()
+
+    def tune_all(self, world: int) -> None:
+        """Train every weight, sharded where there are other ranks; the reference is a copy."""
+        if self.reference:
+            self.copy = tuning.frozen_copy(self.flow, self.network.state_dict())
+        self.network.requires_grad_(True)
+        mesh = init_device_mesh(self.device.type, (world,)) if self.sharded else None
+        for module in (self.network, self.copy):
+            if module is not None:
+                if mesh is not None:
+                    tuning.shard(module, self.dtype, mesh)
+                module.to(self.device)
+        self.tuned = list(self.network.parameters())
+
+    def velocity(self, prompts: Sequence[str]) -> pave.Velocity:
+        return self.velocity_of(self.network, prompts)
 
     def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
         """Of the frozen copy, or with the adapters off."""
-        if self.reference is not None:
-            return self.velocity(prompts, self.reference)
-        from zoo.released import tuning
-
+        if self.copy is not None:
+            return self.velocity_of(self.copy, prompts)
         velocity = self.velocity(prompts)
 
-        def released(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        def released(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
             with tuning.reference(self.flow):
-                return velocity(x, t, c)
+                return velocity(x, t, prompt)
 
         return released
 
+    def velocity_of(self, network: nn.Module, prompts: Sequence[str]) -> pave.Velocity:
+        """The velocity of the model, or of its copy. The texts are moved to the device once."""
+        rows = torch.tensor([self.row[prompt] for prompt in prompts])
+        texts = self.texts.pick(rows, self.device)
+        return self.flow.velocity(
+            texts, self.height, self.width, self.guidance, self.empty, network
+        )
+
     def decode(self, x: Tensor) -> Tensor:
-        return self.flow.decode(x, *self.size, self.decode_batch)
+        return self.flow.decode(x, self.height, self.width, self.decode_batch)
 
     def save(self, folder: Path, main: bool) -> str:
         """Into lora/, float32, or transformer/, in the dtype of computation."""
-        from zoo.released import tuning
-
-        if self.tune == "lora":
-            if main:
-                tuning.save_lora(self.flow, folder / "lora")
-            return "lora"
-        tuning.save_full(self.network, self.plain, folder / "transformer", self.dtype, main)
-        return "transformer"
+        if self.tune == "full":
+            tuning.save_full(self.flow, folder / "transformer", main)
+            return "transformer"
+        if main:
+            tuning.save_lora(self.flow, folder / "lora")
+        return "lora"
 
 
-# ---- Averages --------------------------------------------------------------------------------------------------
+# ---- Averages ------------------------------------------------------------------------------------
 
 
 class EMA:
-    """theta_ema <- decay theta_ema + (1 - decay) theta, from theta_ema = theta; sharded as theta is."""
+    """theta_ema <- decay theta_ema + (1 - decay) theta, first theta; sharded as theta is.
+
+    The recursion is torch's. Its AveragedModel is not used: it would copy the whole network, frozen
+    weights too, and could not lend the average to the network in place.
+    """
 
     def __init__(self, tuned: Sequence[nn.Parameter], decay: float):
-        self.tuned, self.decay = list(tuned), decay
+        self.tuned = list(tuned)
         self.average = [p.detach().clone() for p in self.tuned]
+        self.recursion = get_ema_multi_avg_fn(decay)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Once after every optimiser step."""
-        for average, p in zip(self.average, self.tuned, strict=True):
-            average.mul_(self.decay).add_(p, alpha=1 - self.decay)
+        self.recursion(self.average, self.tuned, None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the network has the average's weights: they change places, so no further memory is taken."""
+        """Within, the network has the average's weights, and the average the network's."""
         self.swap()
         try:
             yield
@@ -286,7 +319,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and average, one tensor at a time."""
+        """Exchange weights and average, one tensor at a time: no further memory is taken."""
         for average, p in zip(self.average, self.tuned, strict=True):
             kept = p.detach().clone()
             p.copy_(average)
