@@ -43,21 +43,24 @@ def states(k: int) -> tuple[list[float], list[float]]:
     return times, x
 
 
+def gaussians() -> dict[int, pave.Transition]:
+    """The transition to x_s under k = 1, 2, 3."""
+    process = pave.Process(torch.tensor([T, S], dtype=torch.float64), KERNEL, ETA)
+    x, t, s = (torch.tensor([z], dtype=torch.float64) for z in (X_T, T, S))
+    return pave.decompose(velocity, process, x[:, None], t, s, torch.tensor([0]), (2, 3))
+
+
 @style.styled
 def draw(path: Path) -> None:
     """A row per k: its sub-steps against time, and at their end its Gaussian along the state."""
-    process = pave.Process(torch.tensor([T, S], dtype=torch.float64), KERNEL, ETA)
-    x, t, s = (torch.tensor([z], dtype=torch.float64) for z in (X_T, T, S))
-    gaussians = pave.decompose(velocity, process, x[:, None], t, s, torch.tensor([0]), (2, 3))
-
     note = (
         "k − 1 Euler sub-steps (straight), then one Gaussian sub-step (wavy), whose density is at\n"
         f"the end of its row. Under {KERNEL} its mean and width change with k; the end it scores "
         "does not."
     )
     figure = style.canvas(6.0, "One observed transition, scored under k = 1, 2, 3", note)
-    axes = figure.subplots(len(gaussians), sharex=True)
-    for ax, (k, gaussian) in zip(axes, gaussians.items()):
+    axes = figure.subplots(3, sharex=True)
+    for ax, (k, gaussian) in zip(axes, gaussians().items()):
         ax.text(T + 0.075, X_T, f"k = {k}", size=12, weight="bold", va="center")
         ax.plot([T, S - 0.2], [X_S, X_S], color=style.FAINT, linewidth=0.8, dashes=(2, 3))
         draw_steps(ax, k)
