@@ -25,7 +25,6 @@ import yaml
 import pave_grpo
 from zoo.oracle import vectors
 from zoo.released import random_pipelines
-from zoo.shapes import model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,6 +143,8 @@ MODULES = {  # how the modules that are programs are shortened
     "zoo.shapes.gradient_signal": lambda words: [*words, "--batches", "2", "--sde-steps", "1"],
     "zoo.training.evaluate": lambda words: set_flags(words, SHORT_JUDGING),
     "zoo.training.draw": lambda words: set_flags(words, {"--threads": "1"}),
+    "zoo.training.pictures": lambda words: words,
+    "zoo.oracle.draw_decomposition": lambda words: words,
     "pytest": lambda words: [*words, "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)],
     "pydoc": lambda words: words,
 }
@@ -179,31 +180,6 @@ def test_a_command_is_marked_wherever_it_stands():
     assert len(set(texts)) == len(texts), sorted(text for text in texts if texts.count(text) > 1)
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """A folder with a tiny sd3/ and flux/."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    for make in (random_pipelines.sd3, random_pipelines.flux):
-        made = make(tmp_path_factory.mktemp("made"))
-        made.rename(folder / made.name)
-    return folder
-
-
-@pytest.fixture
-def desk(tmp_path, pipelines):
-    """A folder with what a reader has who came so far: files of the pages, pipelines, a run."""
-    for name, text in re.findall(
-        r"```python\n# (\w+\.py)\n(.*?)```", "".join(TEXTS.values()), re.S
-    ):
-        (tmp_path / name).write_text(text)
-    (tmp_path / "train.txt").write_text("a red dog\n")
-    (tmp_path / "heldout.txt").write_text("a blue bird\n")
-    (tmp_path / "runs" / "shapes-1").mkdir(parents=True)
-    shutil.copy(model.CHECKPOINT, tmp_path / "runs" / "shapes-1" / "checkpoint.safetensors")
-    (tmp_path / "tiny").symlink_to(pipelines)
-    return tmp_path
-
-
 def run(words: list[str], folder: Path) -> str:
     """What the command prints; it must exit with status 0."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -212,6 +188,36 @@ def run(words: list[str], folder: Path) -> str:
     )
     assert result.returncode == 0, f"{words}\n{result.stderr[-2000:]}"
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with tiny/sd3, tiny/flux and a short run of train.py."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "tiny").mkdir()
+    for make in (random_pipelines.sd3, random_pipelines.flux):
+        made = make(tmp_path_factory.mktemp("made"))
+        made.rename(folder / "tiny" / made.name)
+    words = set_flags([str(ROOT / "train.py"), "--out", "run"], SHORT_TRAINING)
+    run([sys.executable, *words], folder)
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path, prepared):
+    """A folder with what a reader has who came so far: files of the pages, pipelines, two runs."""
+    for name, text in re.findall(
+        r"```python\n# (\w+\.py)\n(.*?)```", "".join(TEXTS.values()), re.S
+    ):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "train.txt").write_text("a red dog\n")
+    (tmp_path / "heldout.txt").write_text("a blue bird\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "runs").mkdir()
+    for name in ("shapes-1", "shapes-2"):
+        (tmp_path / "runs" / name).symlink_to(prepared / "run")
+    (tmp_path / "tiny").symlink_to(prepared / "tiny")
+    return tmp_path
 
 
 ON_PYTHON = [c for c in COMMANDS if c.text.startswith(("python", "torchrun"))]
@@ -350,19 +356,17 @@ def test_flags_exist(tmp_path):
             assert flag in known, f"{name}: {flag}"
 
 
-def test_every_metric_of_a_run_is_explained(desk):
-    """What metrics.jsonl and the run's folder hold is what docs/RUNS.md lists."""
-    words = set_flags([str(ROOT / "train.py")], SHORT_TRAINING)
-    run([sys.executable, *words, "--out", "run"], desk)
-    explained = set(re.findall(r"`(\w+(?:\.\w+)?)`", "\n".join(table_rows("docs/RUNS.md"))))
-    names = {path.name for path in (desk / "run").iterdir()}
-    for line in (desk / "run" / "metrics.jsonl").read_text().splitlines():
-        names |= {re.sub(r"_[23]|_1", "_k", key) for key in json.loads(line)}
+def test_what_a_run_leaves_is_explained(prepared):
+    """Each file of a run and each key of its metrics.jsonl is in a table of docs/RUNS.md."""
+    explained = set(re.findall(r"`([\w.]+)`", "\n".join(first_cells("docs/RUNS.md"))))
+    names = {path.name for path in (prepared / "run").iterdir()}
+    for line in (prepared / "run" / "metrics.jsonl").read_text().splitlines():
+        names |= {re.sub(r"_[123]\b|_[123](?=_)", "_k", key) for key in json.loads(line)}
     named = {re.sub(r"^(reward|heldout)_\w+", r"\1_NAME", name) for name in names}
     assert named <= explained, named - explained
 
 
-def table_rows(page: str) -> list[str]:
+def first_cells(page: str) -> list[str]:
     """First cells of the page's tables."""
     return [line.split("|")[1] for line in TEXTS[page].splitlines() if line.startswith("|")]
 
