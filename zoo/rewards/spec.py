@@ -1,18 +1,18 @@
-"""Rewards by name: reward(images float [B, 3, H, W] in [0, 1], B prompts) -> float [B], finite, higher is better.
+"""Rewards by name, as on a command line; the contract of a reward is in zoo/rewards/__init__.py.
 
 written as                       is
-clip, pickscore, hpsv2           a dual encoder (zoo/rewards/dual_encoders.py) from its usual hub repository
-imagereward                      the same for ImageReward (zoo/rewards/imagereward.py)
-clip=PLACE, clip=PLACE@REVISION  the same from a folder, a file or another repository, at a revision
-rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1 (zoo/shapes/world.py)
-module:function                  any function with the signature above, on whatever device it likes
-...:0.5                          any of these with a weight; the reward of a run is the weighted sum
+clip, pickscore, hpsv2           a dual encoder (dual_encoders.py) from its usual hub repository
+imagereward                      the same for ImageReward (imagereward.py)
+clip=PLACE, clip=PLACE@REVISION  likewise from a folder, a file or another repository
+rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1
+module:function                  any function that keeps the contract
+...:0.5                          any of these with a weight; a run's reward is the weighted sum
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,9 @@ from zoo.shapes import rule
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
-RULES = {"rule": rule.reward, "right": rule.right}
+RULES: dict[str, Reward] = {"rule": rule.reward, "right": rule.right}
+# Names, and the modules of zoo.rewards with the function of that name. They are imported only when
+# asked for, since transformers takes seconds to import.
 MODELS = {
     "clip": "dual_encoders",
     "pickscore": "dual_encoders",
@@ -32,77 +34,92 @@ MODELS = {
 }
 
 
+# ---- Parsing -------------------------------------------------------------------------------------
+
+
 class Spec(NamedTuple):
     """A reward as written on the command line, taken apart."""
 
-    name: str  # one of the names above, or module:function
+    name: str  # one of RULES or MODELS, or module:function
     place: str  # of its weights; "" the usual
-    revision: str
+    revision: str  # of that place; "" the newest
     weight: float
+
+    @property
+    def source(self) -> tuple[str, str, str]:
+        """All but the weight: specs of one source are one model."""
+        return self.name, self.place, self.revision
 
 
 def parse_one(text: str) -> Spec:
-    """The parts of `name[=place[@revision]][:weight]` or `module:function[:weight]`. ValueError for anything else.
+    """The parts of `name[=place[@revision]][:weight]` or `module:function[:weight]`.
 
-    A place that exists here is no repository, and has no revision.
+    Raises ValueError for anything else, for a weight that is not positive and finite, and for a
+    revision of a place that exists here, which is no repository.
     """
-    head, colon, last = text.rpartition(":")
+    head, _, last = text.rpartition(":")
     try:
-        weight, body = (float(last), head) if colon else (1.0, text)
-    except ValueError:
+        weight, body = float(last), head
+    except ValueError:  # no weight: the colon of module:function, or none
         weight, body = 1.0, text
-    name, _, place = body.partition("=")
+    name, equals, place = body.partition("=")
     place, _, revision = place.partition("@")
-    known = name in RULES or name in MODELS
-    if name.partition(":")[0] in (*RULES, *MODELS) and not known:
-        raise ValueError(f"reward {text!r}: its weight must be a positive number")
+
+    known = (*RULES, *MODELS)
+    module, colon, function = name.partition(":")
+    is_function = bool(module and function) and ":" not in function
+    bad_weight = ValueError(f"reward {text!r}: its weight must be a positive number")
+    if colon and module in known:  # a known name has no function: this was meant as its weight
+        raise bad_weight
     if revision and Path(place).exists():
         raise ValueError(
             f"reward {text!r}: revision {revision!r} must be left out for a place on this machine"
         )
-    if (
-        not (known or (name.count(":") == 1 and all(name.split(":"))))
-        or ("=" in body) != bool(place)
-        or (place and name not in MODELS)
-    ):
+    empty_place = bool(equals) and not place
+    if not (name in known or is_function) or empty_place or (place and name not in MODELS):
         raise ValueError(
-            f"reward {text!r}: must be one of {', '.join((*RULES, *MODELS))}, or module:function, then "
-            f"perhaps =place@revision for weights of a model, then perhaps :weight"
+            f"reward {text!r}: must be one of {', '.join(known)}, or module:function, then perhaps "
+            "=place@revision for weights of a model, then perhaps :weight"
         )
     if not 0 < weight < float("inf"):
-        raise ValueError(f"reward {text!r}: its weight must be a positive number")
+        raise bad_weight
     return Spec(name, place, revision, weight)
 
 
 def unweighted(text: str) -> str:
     """The same reward as written without its weight, as a judge. Raises ValueError as parse_one."""
     spec = parse_one(text)
-    return (
-        spec.name + f"={spec.place}" * bool(spec.place) + f"@{spec.revision}" * bool(spec.revision)
-    )
+    place = f"={spec.place}" if spec.place else ""
+    revision = f"@{spec.revision}" if spec.revision else ""
+    return spec.name + place + revision
 
 
 def parse(texts: Sequence[str]) -> list[Spec]:
-    """The parts of each. Raises ValueError for a name given twice."""
+    """The parts of each. Raises ValueError as parse_one, and for a name given twice."""
     specs = [parse_one(text) for text in texts]
-    for spec in specs:
-        if sum(spec.name == other.name for other in specs) > 1:
-            raise ValueError(f"reward {spec.name!r} is given twice; must be once, with one weight")
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"reward {name!r} is given twice; must be once, with one weight")
     return specs
 
 
+# ---- Loading -------------------------------------------------------------------------------------
+
+
 def load(spec: Spec, device: str | torch.device) -> Reward:
-    """The function of a spec, its model on the device. Raises ValueError, of one line, for what cannot be loaded."""
+    """The function of a spec, its model on the device.
+
+    Raises ValueError, of one line, for what cannot be loaded.
+    """
     if spec.name in RULES:
         return RULES[spec.name]
     try:
         if spec.name in MODELS:
-            module = importlib.import_module(
-                f"zoo.rewards.{MODELS[spec.name]}"
-            )  # transformers takes seconds to import
+            module = importlib.import_module(f"zoo.rewards.{MODELS[spec.name]}")
             return getattr(module, spec.name)(spec.place, spec.revision or None).to(device)
-        module, _, function = spec.name.partition(":")
-        reward = getattr(importlib.import_module(module), function)
+        path, _, function = spec.name.partition(":")
+        reward = getattr(importlib.import_module(path), function)
     except Exception as error:  # of files and modules that are not ours
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"reward {spec.name!r}: cannot be loaded ({said})") from error
@@ -111,40 +128,67 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
     return reward
 
 
-class Rewards:
-    """Several rewards of the same pictures, `batch` at a time (0: all)."""
+def load_all(
+    lists: Sequence[Sequence[str]], device: str | torch.device = "cpu", batch: int = 0
+) -> list[Rewards]:
+    """Rewards for each list as written on the command line; what several name is loaded once.
 
-    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float], batch: int = 0):
+    Raises ValueError as `parse` and `load`.
+    """
+    parsed = [parse(texts) for texts in lists]
+    loaded: dict[tuple[str, str, str], Reward] = {}
+    for specs in parsed:
+        for spec in specs:
+            if spec.source not in loaded:
+                loaded[spec.source] = load(spec, device)
+    found = []
+    for specs in parsed:
+        rewards = {spec.name: loaded[spec.source] for spec in specs}
+        weights = {spec.name: spec.weight for spec in specs}
+        found.append(Rewards(rewards, weights, batch))
+    return found
+
+
+# ---- Asking --------------------------------------------------------------------------------------
+
+
+class Rewards:
+    """Several rewards of the same pictures, `batch` pictures at a time (0: all)."""
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float], batch: int = 0):
         self.rewards, self.weights, self.batch = rewards, weights, batch
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{name: float32 [B] on the CPU}. ValueError, naming the prompt, for what is not one finite float an image."""
-        size, scores = self.batch or max(1, len(images)), {}
+        """{name: float32 [B] on the CPU}. Raises as `checked`."""
+        size = self.batch or max(1, len(images))
+        scores = {}
         for name, reward in self.rewards.items():
-            parts = [
-                self.checked(name, reward, images[i : i + size], list(prompts[i : i + size]))
-                for i in range(0, len(images), size)
-            ]
+            parts = []
+            for i in range(0, len(images), size):
+                part = slice(i, i + size)
+                parts.append(self.checked(name, reward, images[part], list(prompts[part])))
             scores[name] = torch.cat(parts)
         return scores
 
     @staticmethod
     @torch.no_grad()
     def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-        """One batch of one reward, float32 [B] on the CPU. RuntimeError where it raises, ValueError as __call__."""
+        """One batch of one reward, float32 [B] on the CPU.
+
+        Raises RuntimeError where the reward raises, and ValueError for what is not one finite float
+        an image; both name the prompt.
+        """
+        batch = f"prompt {prompts[0]!r} and the others of its batch"
         try:
-            values = (
-                torch.as_tensor(reward(images.clone(), prompts)).detach().float().cpu()
-            )  # its own copy to spoil
+            values = torch.as_tensor(reward(images.clone(), prompts))  # its own copy to spoil
+            values = values.detach().float().cpu()
         except Exception as error:  # of a function that is not ours
-            raise RuntimeError(
-                f"reward {name!r} failed on prompt {prompts[0]!r} and the others of its batch: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            said = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"reward {name!r} failed on {batch}: {said}") from error
         if values.shape != (len(images),):
             raise ValueError(
-                f"reward {name!r} of prompt {prompts[0]!r} and the others of its batch has shape "
-                f"{tuple(values.shape)}: must be one float an image, [{len(images)}]"
+                f"reward {name!r} of {batch} has shape {tuple(values.shape)}: "
+                f"must be one float an image, [{len(images)}]"
             )
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             if not -float("inf") < value < float("inf"):
@@ -153,24 +197,7 @@ class Rewards:
                 )
         return values
 
-    def total(self, scores: dict[str, Tensor]) -> Tensor:
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """sum_name weight_name scores[name], float32 [B]."""
-        return sum(self.weights[name] * values for name, values in scores.items())
-
-
-def load_all(
-    lists: Sequence[Sequence[str]], device: str | torch.device = "cpu", batch: int = 0
-) -> list[Rewards]:
-    """Rewards for each list as written on the command line; what several name is loaded once."""
-    parsed, loaded = [parse(texts) for texts in lists], {}
-    for spec in (spec for specs in parsed for spec in specs):
-        if spec[:3] not in loaded:
-            loaded[spec[:3]] = load(spec, device)
-    return [
-        Rewards(
-            {spec.name: loaded[spec[:3]] for spec in specs},
-            {spec.name: spec.weight for spec in specs},
-            batch,
-        )
-        for specs in parsed
-    ]
+        weighted = [self.weights[name] * values for name, values in scores.items()]
+        return sum(weighted, torch.zeros(()))
