@@ -1,157 +1,139 @@
 """Align a text-to-image flow with a reward, by Pave-GRPO.
 
-    python train.py                                        a laptop: the embedded model, in under five minutes
-    torchrun --nproc_per_node=8 train.py                   a node: the same samples and the same gradient
-    python train.py --factors                              S = {}: the Flow-GRPO / Flow-CPS / DanceGRPO baseline
-    torchrun --nproc_per_node=8 train.py --model stabilityai/stable-diffusion-3.5-medium --reward hpsv2 clip:0.01 \\
-        --eval-reward pickscore --prompts train.txt --eval-prompts heldout.txt
+    python train.py                          a laptop: the embedded model, in a few minutes
+    torchrun --nproc_per_node=8 train.py     a node: the same samples and the same gradient
+    python train.py --factors                S = {}: the Flow-GRPO / Flow-CPS / DanceGRPO baseline
+    torchrun --nproc_per_node=8 train.py --model stabilityai/stable-diffusion-3.5-medium \\
+        --reward hpsv2 clip:0.01 --eval-reward pickscore \\
+        --prompts train.txt --eval-prompts heldout.txt
 
-One iteration is Algorithm 1 (pave_grpo.py): sample groups, reward them, re-score every observed transition under
-its decompositions, ascend. Prompts are the unit of work: --prompts-per-iteration is global, and all randomness of a
-prompt comes from one CPU generator seeded by (seed, iteration, prompt index), so that neither the number of ranks nor
-the device changes what is drawn. Held-out prompts are never trained on and are judged with fixed noise.
+One iteration is Algorithm 1 of pave_grpo.py. Prompts are the unit of work: the P prompts of an
+iteration are shared among the ranks, and all randomness of a prompt comes from one CPU generator
+seeded by (seed, iteration, its index). So neither the number of ranks nor the device changes what
+is drawn. Held-out prompts are never trained on, and are judged with fixed noise.
 
-Departures from the paper's setting: without --model, the model, the reward and every size, which are those of a laptop,
-one stochastic step, where the gradient is most signal, and layers at pixel resolution as they are; with it, LoRA unless
---preset says otherwise.
+Departures from the paper's setting. Without --model: the model, the reward and every size, which
+are those of a laptop; one stochastic step, where the gradient is most signal; and layers at pixel
+resolution as they are. With it: LoRA, unless --preset says otherwise.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import chain, product
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo.rewards import spec as zoo_rewards
+from zoo.rewards import spec
 from zoo.training import costs, policies
-from zoo.training.draw import chunked, draw, sample
-from zoo.training.evaluate import judge_heldout
-from zoo.training.metrics import measure, merge
+from zoo.training.command_line import parse
+from zoo.training.draw import chunked
+from zoo.training.metrics import Metrics, measure, merge
 from zoo.training.options import (
+    ROLLOUTS,
     Options,
-    Parser,
-    make_process,
-    parse,
     policy_of,
+    process_of,
     prompts_of,
-    settle,
     stochastic_steps,
 )
-from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts, generator_of
-from zoo.training.ranks import Ranks, Stopped
-from zoo.training.run import Run
-
-__all__ = ["draw", "settle"]
+from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts
+from zoo.training.ranks import Ranks, Stopped, fail, stopping
+from zoo.training.run import Interrupt, Run
 
 
-def drawn_prompts(
-    o: Options, data: Prompts, iteration: int, ranks: Ranks
-) -> tuple[list[str], list[torch.Generator]]:
-    """This rank's prompts of an iteration, and their generators, which the noise is drawn from next."""
-    generators = [generator_of(o.seed, iteration, i) for i in ranks.share(o.prompts_per_iteration)]
-    return [data.draw(generator) for generator in generators], generators
+def train(
+    o: Options,
+    policy: policies.Policy,
+    rewards: spec.Rewards,
+    judges: spec.Rewards,
+    data: Prompts,
+    ranks: Ranks,
+) -> None:
+    """Judge, align, judge again.
 
-
-def needed_prompts(o: Options, policy, data: Prompts, ranks: Ranks) -> list[str]:
-    """Every prompt this rank will ask for in the whole run: what has to be encoded, once."""
-    drawn = [p for i in range(1, o.iterations + 1) for p in drawn_prompts(o, data, i, ranks)[0]]
-    judged = data.in_order()[: o.heldout // IMAGES_PER_PROMPT]
-    return list(dict.fromkeys([*drawn, *judged, *data.shown(policy.shape, policy.kind)[0]]))
-
-
-# ---- One iteration -----------------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """A piece of a rollout for one backward pass."""
-
-    rollout: pave.Rollout
-    advantages: Tensor
-    prompts: slice
-    share: float  # of the rollout's states: the weight of its mean in the mean
-
-
-def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[Part]:
-    """Cut into pieces of at most `batch` states x_t (0: one piece): by prompts, within one by steps, then by members.
-
-    The loss is a mean over states or over their members, alike in number: sum_parts share * loss(part) is the loss.
+    The first Ctrl-C ends the run after the iteration it falls in, a reward that fails at once.
+    Both keep what there is.
     """
-    P, n, A = rollout.x_t.shape[:3]
-    sizes = costs.part_sizes(P, n, A, batch)
-    cuts = [
-        [slice(i, min(i + size, total)) for i in range(0, total, size)]
-        for size, total in zip(sizes, (P, n, A))
-    ]
-    every = slice(None)
-    for p, i, a in product(*cuts):
-        members = a if A > 1 else every
-        own = (
-            i if rollout.x_0.shape[1] == n else every
-        )  # independent chains: one x_0 for all their steps
-        x_t = rollout.x_t[p, i, a]
-        yield Part(
-            rollout._replace(
-                sde_steps=rollout.sde_steps[i],
-                x_t=x_t,
-                x_s=rollout.x_s[p, i, members],
-                log_prob=rollout.log_prob[p, i, members],
-                x_0=rollout.x_0[p, own, members],
-            ),
-            advantages[p, own, members],
-            p,
-            math.prod(x_t.shape[:3]) / (P * n * A),
-        )
+    run, interrupt, done = Run(o, policy, judges, data, ranks), Interrupt(), 0
+    optimizer, rate = optimizer_of(o, policy.tuned)
+    average = policies.EMA(policy.tuned, o.ema) if o.ema else None
+    averaged = average.applied if average else nullcontext
+    try:
+        run.picture("before")
+        run.judge(0, "before")
+        bar = tqdm(range(1, o.iterations + 1), "aligning", disable=not ranks.leads)
+        for iteration in bar:
+            if any(ranks.gather(interrupt.noted)):
+                break
+            own = iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)
+            metrics = merge(ranks.gather(own))
+            run.log(iteration, {**metrics, "lr": float(rate.get_last_lr()[0])})
+            rate.step()
+            bar.set_postfix_str(
+                f"reward={metrics['reward']:.3f}, ratio={metrics['ratio_1']:.5f}, "
+                f"clipped={metrics['clip_fraction_1']:.2f}"
+            )
+            done = iteration
+            if o.eval_every and done % o.eval_every == 0 and done < o.iterations:
+                with averaged():
+                    run.judge(done)
+                    run.picture(f"after {done} iterations")
+                    run.save(done)
+        with averaged():
+            if done == o.iterations:
+                run.judge(done, "after")
+            run.picture(f"after {done} iterations")
+    except Stopped:
+        if done:
+            with averaged():
+                run.finish(done, complete=False)
+        raise
+    with averaged():
+        run.finish(done, complete=done == o.iterations)
 
 
 def iterate(
     o: Options,
     iteration: int,
-    policy,
-    rewards: zoo_rewards.Rewards,
+    policy: policies.Policy,
+    rewards: spec.Rewards,
     data: Prompts,
-    optimizer,
-    average,
+    optimizer: torch.optim.Optimizer,
+    average: policies.EMA | None,
     ranks: Ranks,
-) -> dict:
-    """One iteration of Algorithm 1 on this rank's prompts. Returns this rank's metrics."""
-    process, steps, device = make_process(o, policy), stochastic_steps(o, policy), ranks.device
+) -> Metrics:
+    """One iteration of Algorithm 1 on this rank's share of the prompts. Returns its metrics."""
+    process, steps = process_of(o, policy), stochastic_steps(o, policy)
+    prompts, generators = data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))
 
-    # Sample groups. A prompt's choice and noise depend on (seed, iteration, its index) alone.
-    prompts, generators = drawn_prompts(o, data, iteration, ranks)
+    # 1. Sample G members per prompt; some of the T steps are stochastic, x_t -> x_s.
     noise = pave.draw_noise(
-        generators, o.group_size, policy.shape, len(steps), o.own_start, device=device
+        generators, o.group_size, policy.shape, len(steps), o.own_start, device=ranks.device
     )
-    sample = (
-        pave.rollout_shared_anchor if o.rollouts == "shared_anchor" else pave.rollout_independent
-    )
-    rollout = sample(chunked(policy.velocity(prompts), o.rollout_batch), process, noise, steps)
+    velocity = chunked(policy.velocity(prompts), o.rollout_batch)
+    rollout = ROLLOUTS[o.rollouts](velocity, process, noise, steps)
 
-    # Reward.
-    groups = rollout.x_0.shape[:3]
-    owners = [p for p in prompts for _ in range(groups[1] * groups[2])]
-    scores = ranks.together(rewards, policy.decode(rollout.x_0.flatten(0, 2)), owners)
-    total = rewards.total(scores).to(device).unflatten(0, groups)
+    # 2. Reward every finished sample x_0; A = (r - mean r) / std r in its group.
+    groups = rollout.x_0.shape[:3]  # P, N, G
+    asked = [prompt for prompt in prompts for _ in range(groups[1] * groups[2])]
+    images = policy.decode(rollout.x_0.flatten(0, 2))
+    scores = ranks.together(rewards, images, asked)
+    total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
     advantages = pave.group_advantages(total)
 
-    # Ascend; the first update's pass is theta_old for the others.
     parts = list(parts_of(rollout, advantages, o.update_batch))
-    old: list[pave.OldPolicy | None] = [None] * len(parts)
     for _ in range(o.updates):
-        measured = []
         optimizer.zero_grad()
-        for j, part in enumerate(parts):
+        measured = []
+        for part in parts:
+            # 3. Score each observed x_t -> x_s again, for every k in {1} + S.
             own = prompts[part.prompts]
             result = pave.policy_loss(
                 policy.velocity(own),
@@ -163,155 +145,143 @@ def iterate(
                 kl=o.kl,
                 reference=policy.reference_velocity(own) if o.kl else None,
                 reduction=o.reduction,
-                old=old[j],
+                old=part.old,
             )
+            part.old = result.old  # the first pass is theta_old for the others
             (part.share * result.loss).backward()
-            old[j] = result.old
-            measured.append(measure(result, part.advantages) | {"share": part.share})
-        if not policy.sharded:
-            ranks.average_gradients(policy.tuned)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.tuned, o.max_grad_norm)
-        optimizer.step()
+            measured.append(measure(result, part.advantages))
+        # 4. Ascend J: the gradient of all parts and all ranks, cut to a norm.
+        grad_norm = step(o, policy, optimizer, ranks)
         if average:
             average.update()
     return {
         "reward": total.mean().item(),
         **{f"reward_{name}": z.mean().item() for name, z in scores.items()},
         "silent_groups": (advantages == 0).all(-1).float().mean().item(),
-        "grad_norm": (grad_norm.full_tensor() if policy.sharded else grad_norm).item(),
-        **merge(measured),
+        "grad_norm": grad_norm,
+        **merge(measured, [part.share for part in parts]),
     }
 
 
-def train(
-    o: Options,
-    policy,
-    rewards: zoo_rewards.Rewards,
-    judges: zoo_rewards.Rewards,
-    data: Prompts,
-    ranks: Ranks,
-) -> None:
-    """Judge, align, judge again.
+@dataclass
+class Part:
+    """A piece of a rollout for one backward pass."""
 
-    The first Ctrl-C ends the run after the iteration it falls in, a reward that fails at once; both keep what there is.
+    rollout: pave.Rollout
+    advantages: Tensor
+    prompts: slice  # of the rollout's
+    share: float  # of the rollout's states: the weight of its mean in the mean
+    old: pave.OldPolicy | None = None
+
+
+def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[Part]:
+    """Cut into pieces of at most `batch` states x_t; 0: one piece.
+
+    By prompts, within one by steps, within one by members. The loss is a mean over states or over
+    their members, alike in number: the sum over parts of share * loss(part) is the loss.
     """
-    run, stop, done, problem = Run(o, policy, judges, data, ranks), [], 0, None
-    signal.signal(
-        signal.SIGINT,
-        lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)),
-    )
-    optimizer = (
-        torch.optim.SGD(policy.tuned, o.lr)
-        if o.optimizer == "sgd"
-        else torch.optim.AdamW(policy.tuned, o.lr, weight_decay=o.weight_decay)
-    )
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / (o.warmup + 1))
-    )
-    average = policies.EMA(policy.tuned, o.ema) if o.ema else None
-    averaged = average.applied if average else nullcontext
-
-    try:
-        run.picture("before")
-        run.log({"iteration": 0, **run.judge("before")})
-        bar = tqdm(range(1, o.iterations + 1), "aligning", disable=ranks.rank > 0)
-        for iteration in bar:
-            if any(ranks.gather(bool(stop))):
-                break
-            metrics = merge(
-                ranks.gather(
-                    iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)
+    P, n, M = rollout.x_t.shape[:3]  # M states a step: 1, the shared anchor, or one a member
+    prompts, steps, members = costs.part_sizes(P, n, M, batch)
+    every = slice(None)
+    for p in slices(P, prompts):
+        for i in slices(n, steps):
+            for m in slices(M, members):
+                own = m if M > 1 else every  # all members left a shared anchor
+                group = i if rollout.x_0.shape[1] == n else every  # chains: one x_0 for all steps
+                x_t = rollout.x_t[p, i, m]
+                piece = rollout._replace(
+                    sde_steps=rollout.sde_steps[i],
+                    x_t=x_t,
+                    x_s=rollout.x_s[p, i, own],
+                    log_prob=rollout.log_prob[p, i, own],
+                    x_0=rollout.x_0[p, group, own],
                 )
-            )
-            done, line = iteration, {"iteration": iteration, **metrics, "lr": rate.get_last_lr()[0]}
-            rate.step()
-            bar.set_postfix(
-                {
-                    "reward": f"{metrics['reward']:.3f}",
-                    "ratio": f"{metrics['ratio_1']:.5f}",
-                    "clipped": f"{metrics['clip_fraction_1']:.2f}",
-                }
-            )
-            evaluated = o.eval_every and iteration % o.eval_every == 0 and iteration < o.iterations
-            run.log(line)
-            if evaluated:
-                with averaged():
-                    run.log({"iteration": iteration, **run.judge()})
-                    run.picture(f"after {iteration} iterations")
-                    run.save(done)
-        with averaged():
-            run.picture(f"after {done} iterations")
-            if done == o.iterations:
-                run.log({"iteration": done, **run.judge("after")})
-    except Stopped as error:
-        problem = error
-    run.complete = done == o.iterations and not problem
-    if done or not problem:
-        with averaged():
-            run.save(done)
-        if ranks.rank == 0:
-            print(
-                f"{'finished' if run.complete else 'interrupted'} after {done} iterations and "
-                f"{run.summary['seconds']:.0f} s: look at {run.folder / 'before_after.png'}"
-            )
-    if problem:
-        raise problem
+                share = x_t.shape[:3].numel() / (P * n * M)
+                yield Part(piece, advantages[p, group, own], p, share)
 
 
-def loaded(o: Options, policy, data: Prompts, ranks: Ranks) -> list[zoo_rewards.Rewards]:
-    """[rewards, judges], the policy loaded too. What cannot be loaded is one line, of each rank where it fails."""
+def slices(total: int, size: int) -> list[slice]:
+    """range(total) in pieces of `size`, the last perhaps smaller."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+# ---- The optimiser -------------------------------------------------------------------------------
+
+
+def optimizer_of(
+    o: Options, tuned: Sequence[torch.nn.Parameter]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimiser, and its learning rate, which rises through i / (warmup + 1) of --lr."""
+
+    def warm_up(i: int) -> float:
+        # torch's LinearLR does the same by products, whose rounding stays in the rate for good.
+        return min(1.0, (i + 1) / (o.warmup + 1))
+
+    optimizer: torch.optim.Optimizer
+    if o.optimizer == "sgd":
+        optimizer = torch.optim.SGD(tuned, o.lr)
+    else:
+        optimizer = torch.optim.AdamW(tuned, o.lr, weight_decay=o.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+
+
+def step(
+    o: Options, policy: policies.Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> float:
+    """One step along the mean of the ranks' gradients; returns its norm before it was cut."""
+    if not policy.sharded:  # FSDP2 has averaged them in the backward pass
+        ranks.average_gradients(policy.tuned)
+    norm = torch.nn.utils.clip_grad_norm_(policy.tuned, o.max_grad_norm)
+    optimizer.step()
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+
+def loaded(
+    o: Options, policy: policies.Policy, data: Prompts, ranks: Ranks
+) -> tuple[spec.Rewards, spec.Rewards]:
+    """(rewards, judges), the policy loaded too, with every prompt this rank will ever ask for.
+
+    What cannot be loaded is one line, of each rank where it fails, and status 2.
+    """
+    drawn = [
+        data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))[0]
+        for iteration in range(1, o.iterations + 1)
+    ]
+    judged = data.in_order()[: o.heldout // IMAGES_PER_PROMPT]
+    shown, _ = data.shown(policy.shape, policy.kind)
+    asked = list(dict.fromkeys([*chain.from_iterable(drawn), *judged, *shown]))
     try:
-        found = zoo_rewards.load_all((o.reward, o.eval_reward), ranks.device, o.reward_batch)
-        asked = () if o.evaluate or o.sample else needed_prompts(o, policy, data, ranks)
+        lists = (o.reward, o.eval_reward)
+        rewards, judges = spec.load_all(lists, ranks.device, o.reward_batch)
         policy.load(asked, ranks.device, ranks.rank, ranks.world)
     except ValueError as problem:
-        sys.stderr.write(f"train.py: error: {problem}\n")  # perhaps of this rank alone
-        sys.exit(2)
-    cut_off = sorted(set(chain(*ranks.gather(policy.cut_off))))
-    if ranks.rank == 0 and cut_off:
+        fail(str(problem), anywhere=True)
+    cut_off = sorted(set(chain.from_iterable(ranks.gather(policy.cut_off))))
+    if ranks.leads and cut_off:
         print("\n".join(cut_off), flush=True)
-    return found
+    return rewards, judges
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Evaluate, sample, print the cost, or train: what the command line says."""
-    o = parse(argv)
-    ranks = Ranks.start(o)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what it will cost, then train, as the command line says."""
+    o = parse(argv, __doc__)
+    ranks = Ranks.start(o.device, o.threads)
     ranks.gather(None)  # every rank has found --out empty before one writes there
     policy, data = policy_of(o, ranks.world), prompts_of(o)
-    if not (o.evaluate or o.sample) and ranks.rank == 0:
-        print(
-            "\n".join(
-                [
-                    *data.report,
-                    costs.describe(
-                        o,
-                        stochastic_steps(o, policy),
-                        policy,
-                        len(data.heldout),
-                        ranks.world,
-                        ranks.device.type,
-                    ),
-                ]
-            ),
-            flush=True,
-        )
+    if ranks.leads:
+        steps, heldout, device = stochastic_steps(o, policy), len(data.heldout), ranks.device.type
+        cost = costs.describe(o, steps, policy, heldout, ranks.world, device)
+        print("\n".join([*data.report, cost]), flush=True)
     if not o.dry_run:
         rewards, judges = loaded(o, policy, data, ranks)
-        try:
-            if o.evaluate:
-                result = judge_heldout(o, policy, judges, data, o.eval_steps, ranks)
-                print(json.dumps(result, indent=1) if ranks.rank == 0 else "", end="")
-            elif o.sample:
-                sample(o, policy, judges, ranks)
-            else:
-                train(o, policy, rewards, judges, data, ranks)
-        except Stopped as problem:
-            if not isinstance(problem.__cause__, ValueError | None):
-                traceback.print_exception(problem.__cause__)  # where somebody else's code failed
-            Parser().error(str(problem))
-    if ranks.world > 1:
-        dist.destroy_process_group()
+        with stopping():
+            train(o, policy, rewards, judges, data, ranks)
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an iteration of train.py costs and holds, counted before it is spent; o is its Options."""
+"""What an iteration costs and holds, counted before it is spent; o is the Options of train.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from zoo.rewards import spec as rewards
+from zoo.training import policies
+from zoo.training.options import Options
 from zoo.training.prompts import IMAGES_PER_PROMPT
 
 
@@ -21,14 +23,19 @@ class Cost(NamedTuple):
     live: int  # rows of the largest velocity call while sampling
 
     def forwards(self, checkpointing: bool) -> int:
-        """A trained evaluation costs about three forwards, its own and a backward of two; checkpointing, one more."""
-        return self.sampled + (4 if checkpointing else 3) * self.trained + self.reference
+        """All of it in forward passes; a trained evaluation costs as many as `per_trained`."""
+        return self.sampled + per_trained(checkpointing) * self.trained + self.reference
+
+
+def per_trained(checkpointing: bool) -> int:
+    """Forwards a trained evaluation costs: its own, a backward of two; checkpointing, one more."""
+    return 4 if checkpointing else 3
 
 
 def part_sizes(prompts: int, steps: int, members: int, batch: int) -> tuple[int, int, int]:
-    """How many prompts, steps and members a backward pass takes, for at most `batch` states x_t (0: all of them).
+    """How many prompts, steps and members a backward pass takes, for at most `batch` states x_t.
 
-    Whole prompts where one fits, else some steps of one, else some members of one step.
+    Whole prompts where one fits, else some steps of one, else some members of one step. 0: all.
     """
     batch = batch or prompts * steps * members
     return (
@@ -38,86 +45,131 @@ def part_sizes(prompts: int, steps: int, members: int, batch: int) -> tuple[int,
     )
 
 
-def cost_of(o, steps: Sequence[int], factors: Sequence[int]) -> Cost:
-    """Counted, for the stochastic steps and S: the anchor up to its last stochastic step, and G branches from each."""
+def cost_of(o: Options, steps: Sequence[int], factors: Sequence[int]) -> Cost:
+    """Counted for the stochastic steps and S."""
     P, G, T, n = o.prompts_per_iteration, o.group_size, o.steps, len(steps)
-    shared = o.rollouts == "shared_anchor"
-    states = P * n * (1 if shared else G)
+    if o.rollouts == "shared_anchor":
+        # The anchor goes up to its last stochastic step; G members of each finish from there.
+        images, states = P * G * n, P * n
+        anchor = [int(i <= steps[-1]) for i in range(T)]
+        rows = [P * (anchor[i] + G * sum(j < i for j in steps)) for i in range(T)]
+    else:
+        images, states = P * G, P * G * n
+        rows = [P * G] * T
     return Cost(
-        images=P * G * (n if shared else 1),
-        sampled=P * (G * sum(T - 1 - i for i in steps) + steps[-1] + 1 if shared else G * T),
+        images=images,
+        sampled=sum(rows),
         trained=o.updates * states * (1 + sum(k - 1 for k in factors)),
         reference=o.updates * states if o.kl else 0,
         states=states,
-        live=P
-        * (
-            max((i <= steps[-1]) + G * sum(j < i for j in steps) for i in range(T)) if shared else G
-        ),
+        live=max(rows),
     )
 
 
-def describe(o, steps: Sequence[int], policy, heldout: int, world: int, device: str) -> str:
-    """What one iteration costs, what S adds, what the batches mean, what is held in memory, what is judged.
+def plural(n: int, word: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{n} {word}{'s' * (n > 1)}"
 
-    policy as in zoo/training/policies.py; heldout is the number of held-out prompts there are, world that of the ranks.
+
+def calls(total: int, batch: int) -> str:
+    """How many calls take `total` rows, and of how many; batch 0: one of all."""
+    size = min(batch or total, total)
+    return f"{math.ceil(total / size)} of up to {size}"
+
+
+def describe(
+    o: Options,
+    steps: Sequence[int],
+    policy: policies.Policy,
+    heldout: int,
+    ranks: int,
+    device: str,
+) -> str:
+    """What one iteration costs, what S adds, what batches mean, what is held, what is judged.
+
+    steps: the stochastic ones; heldout: how many held-out prompts there are.
     """
-    cost, plain, sizes = cost_of(o, steps, o.factors), cost_of(o, steps, ()), policy.sizes
-    more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
-    images, states, live = (z // world for z in (cost.images, cost.states, cost.live))
-
-    def calls(total: int, batch: int) -> str:
-        size = min(batch or total, total)
-        return f"{math.ceil(total / size)} of up to {size}"
-
-    axes = (
-        o.prompts_per_iteration // world,
-        len(steps),
-        1 if o.rollouts == "shared_anchor" else o.group_size,
-    )
-    part = part_sizes(*axes, o.update_batch)
-    passes = math.prod(math.ceil(total / size) for total, size in zip(axes, part, strict=True))
-    judged = o.heldout // IMAGES_PER_PROMPT
-    masters = sizes.masters / 2**30
-    held = [
-        ("frozen weights", sizes.frozen / 2**30),
-        ("trained, float32", masters),
-        ("gradients", masters),
-        ("Adam", 2 * masters if o.optimizer == "adamw" else 0),
-        ("EMA", masters if o.ema else 0),
-    ]
     lines = [
-        f"one iteration: {cost.images} images in groups of {o.group_size} from {o.prompts_per_iteration} prompts on "
-        f"{world} rank{'s' * (world > 1)} ({device})",
-        f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained "
-        f"({4 if o.checkpointing else 3} forwards each)"
-        + (f", {cost.reference} reference" if o.kl else "")
-        + (f"; each is {sizes.rows} rows of the network, for guidance" if sizes.rows > 1 else ""),
-        f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained evaluations, "
-        f"{100 * more:.1f} % more forwards; no image, no reward",
-        f"  on a rank: {images} images; velocity calls of a step at most {calls(live, o.rollout_batch)} rows "
-        f"(--rollout-batch {o.rollout_batch})"
-        + (
-            "; VAE calls " + calls(images, o.decode_batch) + f" (--decode-batch {o.decode_batch})"
-            if o.model
-            else ""
-        )
-        + f"; reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
-        f"  {o.updates} update{'s' * (o.updates > 1)}, each of {states} observed states on a rank in backward passes: "
-        f"{passes} of up to {math.prod(part)} (--update-batch {o.update_batch}), gradients added up: the same gradient"
-        f"; velocity calls of up to {math.prod(part) * max(1, len(o.factors))} rows",
-        f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained"
-        + (f", sharded over {world} ranks" if policy.sharded else "")
-        + "; memory of a rank, GiB: "
-        + " + ".join(f"{size:.2f} {name}" for name, size in held if size)
-        + f" = {sum(s for _, s in held):.2f}, "
-        f"activations{', VAE and reward models' if o.model else ''} besides",
-        f"judged, before{f', every {o.eval_every} iterations' * bool(o.eval_every)} and after: {o.heldout} pictures of "
-        f"{min(judged, heldout)} of the {heldout} held-out prompts, {IMAGES_PER_PROMPT} each"
-        f"{' or more' * (judged > heldout)} (--heldout {o.heldout})",
+        *work(o, steps, policy, ranks, device),
+        *on_a_rank(o, steps, ranks),
+        memory(o, policy, ranks),
+        judgement(o, heldout),
     ]
-    judges, ascended = ({spec.name for spec in rewards.parse(z)} for z in (o.eval_reward, o.reward))
+    judges = {spec.name for spec in rewards.parse(o.eval_reward)}
+    ascended = {spec.name for spec in rewards.parse(o.reward)}
     if o.model and judges <= ascended:
         lines.append(
-            "every judge is ascended too, and will rise whatever happens to the pictures: see --eval-reward"
+            "every judge is ascended too, and will rise whatever happens to the pictures: see "
+            "--eval-reward"
         )
     return "\n".join(lines)
+
+
+def work(
+    o: Options, steps: Sequence[int], policy: policies.Policy, ranks: int, device: str
+) -> list[str]:
+    """Images and velocities of an iteration, and what of it is due to S."""
+    cost, plain, rows = cost_of(o, steps, o.factors), cost_of(o, steps, ()), policy.sizes.rows
+    more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
+    reference = f", {cost.reference} reference" if o.kl else ""
+    guided = f"; each is {rows} rows of the network, for guidance" if rows > 1 else ""
+    return [
+        f"one iteration: {cost.images} images in groups of {o.group_size} from "
+        f"{o.prompts_per_iteration} prompts on {plural(ranks, 'rank')} ({device})",
+        f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained "
+        f"({per_trained(o.checkpointing)} forwards each){reference}{guided}",
+        f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained "
+        f"evaluations, {100 * more:.1f} % more forwards; no image, no reward",
+    ]
+
+
+def on_a_rank(o: Options, steps: Sequence[int], ranks: int) -> list[str]:
+    """How the batches cut a rank's share."""
+    cost = cost_of(o, steps, o.factors)
+    images, states, live = cost.images // ranks, cost.states // ranks, cost.live // ranks
+    members = 1 if o.rollouts == "shared_anchor" else o.group_size
+    axes = (o.prompts_per_iteration // ranks, len(steps), members)
+    sizes = part_sizes(*axes, o.update_batch)
+    passes = math.prod(math.ceil(n / size) for n, size in zip(axes, sizes, strict=True))
+    part = math.prod(sizes)
+    decoded = f"VAE calls {calls(images, o.decode_batch)} (--decode-batch {o.decode_batch}); "
+    return [
+        f"  on a rank: {images} images; velocity calls of a step at most "
+        f"{calls(live, o.rollout_batch)} rows (--rollout-batch {o.rollout_batch}); "
+        f"{decoded if o.model else ''}"
+        f"reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
+        f"  {plural(o.updates, 'update')}, each of {states} observed states on a rank in backward "
+        f"passes: {passes} of up to {part} (--update-batch {o.update_batch}), gradients added up: "
+        f"the same gradient; velocity calls of up to {part} rows",
+    ]
+
+
+def memory(o: Options, policy: policies.Policy, ranks: int) -> str:
+    """Counts of parameters, and what a rank holds of them, in GiB."""
+    sizes = policy.sizes
+    masters = sizes.masters / 2**30
+    held = {
+        "frozen weights": sizes.frozen / 2**30,
+        "trained, float32": masters,
+        "gradients": masters,
+        "Adam": 2 * masters if o.optimizer == "adamw" else 0,
+        "EMA": masters if o.ema else 0,
+    }
+    sharded = f", sharded over {ranks} ranks" if policy.sharded else ""
+    parts = " + ".join(f"{size:.2f} {name}" for name, size in held.items() if size)
+    besides = "activations, VAE and reward models" if o.model else "activations"
+    return (
+        f"parameters: {sizes.weights:,} of the network, {sizes.tuned:,} trained{sharded}; memory "
+        f"of a rank, GiB: {parts} = {sum(held.values()):.2f}, {besides} besides"
+    )
+
+
+def judgement(o: Options, heldout: int) -> str:
+    """When is judged, and how many pictures of how many prompts."""
+    asked = o.heldout // IMAGES_PER_PROMPT
+    between = f", every {o.eval_every} iterations" if o.eval_every else ""
+    repeated = " or more" if asked > heldout else ""
+    return (
+        f"judged, before{between} and after: {o.heldout} pictures of {min(asked, heldout)} of the "
+        f"{heldout} held-out prompts, {IMAGES_PER_PROMPT} each{repeated} (--heldout {o.heldout})"
+    )

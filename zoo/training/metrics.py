@@ -1,15 +1,18 @@
-"""The metrics of an iteration."""
+"""What is written of an iteration; docs/RUNS.md says what each metric means."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from torch import Tensor
 
 import pave_grpo as pave
 
+Metrics = dict[str, float]
 
-def measure(result: pave.PolicyLoss, advantages: Tensor) -> dict:
+
+def measure(result: pave.PolicyLoss, advantages: Tensor) -> Metrics:
     """The metrics of one loss."""
     metrics = {
         "loss": result.loss.item(),
@@ -18,32 +21,31 @@ def measure(result: pave.PolicyLoss, advantages: Tensor) -> dict:
         "signal": (advantages != 0).float().mean().item(),
     }
     for k, term in result.terms.items():
-        metrics |= {
-            f"ratio_{k}": term.ratio_mean,
-            f"ratio_{k}_min": term.ratio_min,
-            f"ratio_{k}_max": term.ratio_max,
-            f"clip_fraction_{k}": term.clip_fraction,
-            f"weight_{k}": term.effective_weight.mean().item(),
-        }
+        metrics[f"ratio_{k}"] = term.ratio_mean
+        metrics[f"ratio_{k}_min"] = term.ratio_min
+        metrics[f"ratio_{k}_max"] = term.ratio_max
+        metrics[f"clip_fraction_{k}"] = term.clip_fraction
+        metrics[f"weight_{k}"] = term.effective_weight.mean().item()
     return metrics
 
 
-def merge(parts: list[dict]) -> dict:
-    """Metrics of parts or ranks as one: extremes of what is named _min or _max, means of the rest, by their share.
+def merge(parts: Sequence[Metrics], shares: Sequence[float] = ()) -> Metrics:
+    """Metrics of parts or ranks as one: extremes of _min and _max, means of the rest.
 
-    A clip fraction is of the members with a signal, and weighs by their number.
+    A part weighs by its share of the states (default: all alike); its clip fraction, which is one
+    of members with a signal, by their number.
     """
-    merged, shares = {}, [part.get("share", 1.0) for part in parts]
-    signal = [share * part["signal"] for share, part in zip(shares, parts)]
+    shares = shares or [1.0] * len(parts)
+    signal = [share * part["signal"] for share, part in zip(shares, parts, strict=True)]
+    merged: Metrics = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
-        weights = signal if name.startswith("clip_fraction") and sum(signal) else shares
-        merged[name] = (
-            min(values)
-            if name.endswith("_min")
-            else max(values)
-            if name.endswith("_max")
-            else statistics.fmean(values, weights)
-        )
-    merged.pop("share", None)
+        if name.endswith("_min"):
+            merged[name] = min(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        elif name.startswith("clip_fraction") and any(signal):
+            merged[name] = statistics.fmean(values, signal)
+        else:
+            merged[name] = statistics.fmean(values, shares)
     return merged

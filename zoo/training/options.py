@@ -1,437 +1,328 @@
-"""The options of a run: a flag each, what it may be, and which runs read it."""
+"""The options of a run. Each is one field of `Options`: flag, help, values, the runs that read it.
+
+To add one, add a field and use it. What options must be to each other, and how a command line
+becomes options, is in command_line.py.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
-import os
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
 import pave_grpo as pave
-from zoo.rewards import spec as zoo_rewards
+from zoo.released import families
+from zoo.rewards import spec
 from zoo.shapes import model as shapes_model
-from zoo.shapes import world as shapes
 from zoo.training import policies
 from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts
 
+ROLLOUTS = {
+    "shared_anchor": pave.rollout_shared_anchor,
+    "independent": pave.rollout_independent,
+}
 
-def option(default, help, **how):
-    return field(default=default, metadata={"help": help, **how})
+
+class Rule(NamedTuple):
+    """A condition, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+# What a value must be.
+COUNT = Rule("1 or more", lambda z: z >= 1)
+NATURAL = Rule("0 or more", lambda z: 0 <= z < math.inf)
+POSITIVE = Rule("a positive number", lambda z: 0 < z < math.inf)
+IN_FOURS = Rule(
+    f"a positive multiple of {IMAGES_PER_PROMPT}", lambda z: z > 0 and z % IMAGES_PER_PROMPT == 0
+)
+
+# Which runs read an option.
+WITH_MODEL = Rule("with --model", lambda o: bool(o.model))
+WITH_LORA = Rule("with --tune lora", lambda o: o.tune == "lora")
+WITH_SHIFT = Rule("with --sigmas shifted", lambda o: o.sigmas == "shifted")
+WITH_CHAINS = Rule("with --rollouts independent", lambda o: o.rollouts == "independent")
+WITH_TERMS = Rule("with --factors of one number or more", lambda o: bool(o.factors))
+WITH_DECAY = Rule("with --optimizer adamw", lambda o: o.optimizer == "adamw")
+
+
+# What each family of released models has of its own.
+PRESETS = tuple(family.preset for family in families.FAMILIES.values())
+GUIDANCE = ", ".join(f"{z.default_guidance} of {z.name}" for z in families.FAMILIES.values())
+
+
+def is_free(folder: str) -> bool:
+    """Whether a run may write there: no such path, an empty folder, or "" for a default."""
+    path = Path(folder)
+    return not folder or not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def is_device(name: str) -> bool:
+    """Whether this machine has such a device."""
+    return name in ("auto", "cpu") or (name == "cuda" and torch.cuda.is_available())
+
+
+def are_judges(texts: Sequence[str]) -> bool:
+    """Whether these are rewards with no weight but 1. Raises ValueError for what is no reward."""
+    return bool(texts) and all(reward.weight == 1 for reward in spec.parse(texts))
+
+
+class About(NamedTuple):
+    """What is known of an option besides its name, its type and its default."""
+
+    group: str
+    help: str
+    rule: Rule | None
+    only: Rule | None
+    released: Any
+    argument: dict[str, Any]
+
+
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    rule: Rule | None = None,
+    *,
+    only: Rule | None = None,
+    released: Any = None,
+    **argument: Any,
+) -> Any:
+    """A field of Options.
+
+    rule      what its value must be
+    only      the runs that read it; given to another it is refused
+    released  its default with --model, where that is another; in words where `settle` finds it
+    argument  what else argparse is told of it
+    """
+    about = About(group, help, rule, only, released, argument)
+    return dataclasses.field(default=default, metadata={"about": about})
+
+
+# A kind of field for each heading of --help.
+align = partial(option, "what to align, and with what")
+run = partial(option, "the run")
+method = partial(option, "the method, in the letters of pave_grpo.py")
+judging = partial(option, "judging")
+optimisation = partial(option, "optimisation")
+batches = partial(option, "batches, which change memory and not the gradient; 0: all at once")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a run depends on. Each field is a flag: prompts_per_iteration is --prompts-per-iteration.
+    """Everything a run depends on. The field prompts_per_iteration is --prompts-per-iteration."""
 
-    Defaults are the embedded model's; those of --model are RELEASED, below.
-    """
-
-    model: str = option(
-        "", "an SD3 or FLUX pipeline, folder or hub id; default: the embedded model"
-    )
-    revision: str = option("", "with --model: the hub revision")
-    preset: str = option(
+    # What to align, and with what
+    model: str = align(
         "",
-        "with --model: the authors' setting, full fine-tuning",
-        choices=("paper-flux", "paper-sd3"),
+        "SD3 or FLUX pipeline, a folder or hub id; default: the embedded model",
+        metavar="PIPELINE",
     )
-    prompts: str = option("", "training prompts, a text file, one per line", metavar="FILE")
-    eval_prompts: str = option(
+    reward: tuple[str, ...] = align(
+        ("rule",),
+        "rewards to ascend, summed, each NAME[=PLACE[@REVISION]][:WEIGHT]: clip, pickscore, hpsv2, "
+        "imagereward, rule, right, or module:function; with --model it must be given",
+        Rule("given: one reward or more", bool),
+        released=(),
+        metavar="REWARD",
+    )
+    prompts: str = align("", "training prompts, a text file, one per line", metavar="FILE")
+    eval_prompts: str = align(
         "", "held-out prompts, likewise; none may be a training prompt", metavar="FILE"
     )
-    reward: tuple[str, ...] = option(
-        ("rule",),
-        "rewards to ascend, NAME[=PLACE[@REVISION]][:WEIGHT], summed: clip, "
-        "pickscore, hpsv2, imagereward, rule, right, or module:function",
-        metavar="REWARD",
-    )
-    eval_reward: tuple[str, ...] = option(
-        ("right", "rule"),
-        "rewards that judge held-out prompts, the first also in "
-        "pictures; with --model default: those of --reward",
-        metavar="REWARD",
-    )
-    iterations: int = option(40, "training iterations, >= 1")
-    prompts_per_iteration: int = option(
-        8, "P, prompts per iteration over all ranks; a multiple of the ranks"
-    )
-    group_size: int = option(24, "G, members of a group, >= 2")
-    size: tuple[int, ...] = option(
-        (), "with --model: height and width of the pictures", metavar="PIXELS"
-    )
-    guidance: float = option(
-        0.0, "with --model: classifier-free guidance of SD3 (above 1), the guidance input of FLUX"
-    )
-    steps: int = option(8, "T, steps of the sampling grid")
-    shift: float = option(1.0, "shift of the grid; above 1 spends more steps near the noise")
-    sigmas: str = option(
-        "shifted",
-        "with --model: the grid of --shift, or the pipeline's own",
-        choices=("shifted", "pipeline"),
-    )
-    sde_steps: tuple[int, ...] = option(
-        (1,), "stochastic steps, from 0; no number: all that have a density"
-    )
-    kernel: str = option("flow_sde", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
-    eta: float = option(0.7, "stochasticity of the kernel, > 0")
-    rollouts: str = option(
-        "shared_anchor",
-        "groups branch from one ODE trajectory, or are G chains of their own",
-        choices=("shared_anchor", "independent"),
-    )
-    own_start: bool = option(False, "independent rollouts: every member starts from its own noise")
-    factors: tuple[int, ...] = option(
-        (2, 3), "S, the decomposition factors, each >= 2; none: plain GRPO"
-    )
-    form: str = option(
-        "paper",
-        "density of the k-terms: the paper's, or matched to the sampling one (E7 in README.md)",
-        choices=("paper", "matched"),
-    )
-    reduction: str = option(
-        "mean",
-        "log-probabilities averaged (the field) or summed (true density) over dimensions",
-        choices=("mean", "sum"),
-    )
-    updates: int = option(1, "updates per rollout; with 1 every ratio is 1 and --clip cannot act")
-    clip: float = option(
-        1e-4, "clip range of the ratios, > 0; 'mean' ratios stay within about 1e-3 of 1"
-    )
-    kl: float = option(0.0, "coefficient of the KL to the initial model, >= 0")
-    tune: str = option(
+    tune: str = align(
         "transformer",
-        "what is trained: of the embedded model the transformer, or all in full, layers "
-        "at pixel resolution too; with --model lora or full",
+        "what is trained: of the embedded model the transformer, or in full the layers at pixel "
+        "resolution too; with --model lora or full",
+        released="lora",
         choices=("transformer", "lora", "full"),
     )
-    rank: int = option(64, "with --tune lora: rank of the adapters, >= 1")
-    alpha: float = option(128.0, "with --tune lora: their scaling is alpha / rank, > 0")
-    dtype: str = option(
+    rank: int = align(64, "rank of the adapters", COUNT, only=WITH_LORA)
+    alpha: float = align(128.0, "scaling of the adapters, alpha / rank", POSITIVE, only=WITH_LORA)
+    preset: str = align(
+        "",
+        "the authors' full fine-tuning",
+        only=WITH_MODEL,
+        choices=PRESETS,
+    )
+    revision: str = align("", "revision at the hub", only=WITH_MODEL)
+    size: tuple[int, ...] = align(
+        (),
+        "height and width of the pictures",
+        Rule("a height and a width", lambda z: len(z) == 2),
+        only=WITH_MODEL,
+        released=(512, 512),
+        metavar="PIXELS",
+    )
+    guidance: float = align(
+        0.0,
+        "classifier-free guidance of SD3 (above 1), the guidance input of FLUX",
+        only=WITH_MODEL,
+        released=GUIDANCE,
+    )
+
+    # The run
+    iterations: int = run(40, "training iterations", COUNT, released=300)
+    out: str = run(
+        "",
+        "folder to write, new or empty; default: the first free runs/NAME-N",
+        Rule("a new or empty folder", is_free),
+        metavar="FOLDER",
+    )
+    dry_run: bool = run(False, "print what an iteration would cost and hold, and stop")
+    device: str = run(
+        "auto",
+        "cpu, cuda, or auto: cuda where there is one",
+        Rule("cpu, auto, or cuda where there is a CUDA device", is_device),
+    )
+    threads: int = run(0, "CPU threads per rank; 0: torch's own choice", NATURAL)
+    seed: int = run(0, "seed of prompts, noise and adapters", NATURAL)
+
+    # The method
+    factors: tuple[int, ...] = method(
+        (2, 3), "S, the factors k >= 2 of the decompositions; none: plain GRPO"
+    )
+    prompts_per_iteration: int = method(
+        8, "P, prompts per iteration over all ranks; a multiple of the ranks"
+    )
+    group_size: int = method(
+        24, "G, members of a group", Rule("2 or more", lambda z: z >= 2), released=12
+    )
+    steps: int = method(8, "T, steps of the sampling grid", COUNT, released=16)
+    sde_steps: tuple[int, ...] = method(
+        (1,), "stochastic steps, from 0; no number: all that have a density", released=(0, 2, 4, 6)
+    )
+    shift: float = method(
+        1.0,
+        "shift of the grid; above 1 spends more steps near the noise",
+        POSITIVE,
+        only=WITH_SHIFT,
+        released=3.0,
+    )
+    sigmas: str = method(
+        "shifted",
+        "the grid of --shift, or the pipeline's own",
+        only=WITH_MODEL,
+        choices=("shifted", "pipeline"),
+    )
+    kernel: str = method("flow_sde", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
+    eta: float = method(0.7, "eta, how stochastic the kernel is", POSITIVE, released=0.8)
+    rollouts: str = method(
+        "shared_anchor",
+        "groups branch from one ODE trajectory, or are G chains of their own",
+        choices=tuple(ROLLOUTS),
+    )
+    own_start: bool = method(False, "every member starts from its own noise", only=WITH_CHAINS)
+    form: str = method(
+        "paper",
+        "density of the k-terms: the paper's, or matched to the one that sampled (E7)",
+        only=WITH_TERMS,
+        choices=("paper", "matched"),
+    )
+    reduction: str = method(
+        "mean",
+        "log-probabilities averaged over dimensions (the field), or summed (the true density)",
+        choices=("mean", "sum"),
+    )
+    updates: int = method(
+        1, "updates per rollout; in the first every ratio is 1 and --clip cannot act", COUNT
+    )
+    clip: float = method(
+        1e-4, "clip range of the ratios; 'mean' ratios stay within about 1e-3 of 1", POSITIVE
+    )
+    kl: float = method(0.0, "coefficient of the KL to the initial model", NATURAL)
+
+    # Judging
+    eval_reward: tuple[str, ...] = judging(
+        ("right", "rule"),
+        "rewards that judge held-out prompts, the first also in pictures",
+        Rule("without weights, as judges are not summed, and one or more", are_judges),
+        released="those of --reward",
+        metavar="REWARD",
+    )
+    heldout: int = judging(
+        512,
+        f"held-out (prompt, noise) pairs to judge, {IMAGES_PER_PROMPT} of a prompt",
+        IN_FOURS,
+        released=64,
+    )
+    eval_steps: tuple[int, ...] = judging(
+        (16, 8, 40),
+        "numbers of ODE steps to judge with; the first also in pictures and curve",
+        Rule("distinct positive numbers", lambda z: z and min(z) > 0 and len(set(z)) == len(z)),
+        released=(16, 40),
+    )
+    eval_every: int = judging(
+        0,
+        "judge, with the first of --eval-steps, every so many iterations; 0: before and after only",
+        NATURAL,
+        released=50,
+    )
+    eval_batch: int = judging(128, "held-out pictures drawn together", IN_FOURS, released=16)
+
+    # Optimisation
+    lr: float = optimisation(2e-4, "learning rate", POSITIVE, released="1e-4 of lora, 2e-6 of full")
+    warmup: int = optimisation(15, "iterations in which it rises to --lr", NATURAL, released=0)
+    optimizer: str = optimisation(
+        "adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd")
+    )
+    weight_decay: float = optimisation(1e-4, "decoupled weight decay", NATURAL, only=WITH_DECAY)
+    max_grad_norm: float = optimisation(
+        1.0,
+        "gradient norm above which the gradient is scaled down; inf: never",
+        Rule("positive, or inf", lambda z: z > 0),
+    )
+    ema: float = optimisation(
+        0.0,
+        "decay of an average of the weights; above 0 the average is what is judged and saved",
+        Rule("at least 0 and below 1", lambda z: 0 <= z < 1),
+    )
+    dtype: str = optimisation(
         "float32",
-        "with --model: what networks compute in; what is trained is kept in float32",
+        "what networks compute in; what is trained is kept in float32",
+        only=WITH_MODEL,
+        released="bfloat16",
         choices=("float32", "bfloat16"),
     )
-    checkpointing: bool = option(
+    checkpointing: bool = optimisation(
         False,
-        "with --model: gradient checkpointing, a forward more for less memory",
+        "gradient checkpointing: one more forward, for less memory",
+        only=WITH_MODEL,
+        released=True,
         action=argparse.BooleanOptionalAction,
     )
-    lr: float = option(2e-4, "learning rate, > 0")
-    warmup: int = option(15, "iterations over which the learning rate rises to --lr, >= 0")
-    optimizer: str = option("adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd"))
-    weight_decay: float = option(1e-4, "decoupled weight decay of adamw, >= 0")
-    max_grad_norm: float = option(
-        1.0, "gradient norm above which the gradient is scaled down, > 0; inf: never"
+
+    # Batches
+    rollout_batch: int = batches(
+        0, "rows of one velocity call while sampling", NATURAL, released=16
     )
-    ema: float = option(
-        0.0, "decay of an average of the weights, in [0, 1); above 0 it is what is judged and saved"
-    )
-    rollout_batch: int = option(0, "rows of one velocity call while sampling; 0: all at once")
-    decode_batch: int = option(4, "with --model: states per call of the VAE; 0: all at once")
-    reward_batch: int = option(0, "pictures per call of a reward; 0: all at once")
-    update_batch: int = option(
-        0, "observed states x_t per backward pass, gradients added up; 0: all at once"
-    )
-    eval_batch: int = option(
-        128, "held-out pictures drawn together, a multiple of 4, the images per prompt"
-    )
-    seed: int = option(0, "seed of prompts, noise and adapters, >= 0")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    threads: int = option(0, "CPU threads per rank; 0: torch's own choice")
-    out: str = option(
-        "",
-        "folder to write, new or empty; default: the first free runs/NAME-N, with --sample this one",
-    )
-    eval_every: int = option(
-        0,
-        "judge the held-out prompts (first of --eval-steps) every N iterations; 0: before and "
-        "after only",
-    )
-    eval_steps: tuple[int, ...] = option(
-        (16, 8, 40), "ODE steps to judge with; the first also in pictures and curve"
-    )
-    heldout: int = option(
-        512, "held-out (prompt, noise) pairs to judge: a multiple of 4, the images per prompt"
-    )
-    evaluate: str = option(
-        "",
-        "judge this checkpoint of the embedded model, print the result as JSON, and stop",
-        metavar="CHECKPOINT",
-    )
-    sample: str = option(
-        "",
-        "draw --prompt with this checkpoint into OUT/samples.png, and stop",
-        metavar="CHECKPOINT",
-    )
-    prompt: tuple[str, ...] = option((), "with --sample: prompts to draw", metavar="TEXT")
-    dry_run: bool = option(False, "print what an iteration would cost and hold, and stop")
+    update_batch: int = batches(0, "observed states x_t per backward pass", NATURAL, released=1)
+    reward_batch: int = batches(0, "pictures per call of a reward", NATURAL, released=16)
+    decode_batch: int = batches(4, "states per call of the VAE", NATURAL, only=WITH_MODEL)
 
 
-# With --model: the authors' setting (sizes, schedule, rates), their LoRA, and batches that only memory knows of.
-RELEASED = {
-    "reward": (),
-    "eval_reward": (),
-    "iterations": 300,
-    "group_size": 12,
-    "size": (512, 512),
-    "steps": 16,
-    "shift": 3.0,
-    "sde_steps": (0, 2, 4, 6),
-    "eta": 0.8,
-    "tune": "lora",
-    "dtype": "bfloat16",
-    "warmup": 0,
-    "checkpointing": True,
-    "rollout_batch": 16,
-    "reward_batch": 16,
-    "update_batch": 1,
-    "eval_batch": 16,
-    "eval_every": 50,
-    "eval_steps": (16, 40),
-    "heldout": 64,
-}
-PRESETS = {
-    "FluxPipeline": ("paper-flux", {"guidance": 3.5}),  # a schnell has no guidance: --guidance 0
-    "StableDiffusion3Pipeline": ("paper-sd3", {"guidance": 4.5}),
-}  # of SD3 the paper gives no guidance
-LR = {"lora": 1e-4, "full": 2e-6}
+ABOUT: dict[str, About] = {f.name: f.metadata["about"] for f in dataclasses.fields(Options)}
+TYPES: dict[str, Any] = get_type_hints(Options)
+# ---- What options name ---------------------------------------------------------------------------
 
 
-def settle(given: dict) -> Options:
-    """Options of a command line: what it says, over the preset's values, over the defaults. ValueError of one line."""
-    defaults = {}
-    if given.get("model"):
-        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
-
-        preset, own = PRESETS[diffusion.family_of(given["model"], given.get("revision") or None)]
-        if given.get("preset", preset) != preset:
-            raise ValueError(f"--preset {given['preset']}: must be {preset} for this model")
-        defaults = RELEASED | own | ({"tune": "full"} if "preset" in given else {})
-        defaults["lr"] = LR.get(given.get("tune", defaults["tune"]), LR["lora"])
-        defaults["eval_reward"] = tuple(map(zoo_rewards.unweighted, given.get("reward", ())))
-    return Options(**(defaults | given))
+def prompts_of(o: Options) -> Prompts:
+    """Those of the files, or the embedded world's. Raises ValueError of one line."""
+    return Prompts.of_files(o.prompts, o.eval_prompts) if o.prompts else Prompts()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, of rank 0, and status 2."""
-        self.exit(
-            2, f"train.py: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None
-        )
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Command line -> options. A flag of a tuple takes any number of values. Bad input: one line, status 2."""
-    released = ", ".join(
-        f"{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
-        for k, v in (RELEASED | LR).items()
-        if v not in ((), True)
-    )
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog=textwrap.fill(
-            f"with --model the defaults are: {released} (the learning rate), "
-            f"checkpointing; guidance 3.5 for FLUX, 4.5 for SD3",
-            110,
-        ),
-    )
-    for f in fields(Options):
-        how = dict(f.metadata)
-        if isinstance(f.default, bool):
-            how.setdefault("action", "store_true")
-        elif isinstance(f.default, tuple):
-            how |= {"nargs": "*", "type": str if "str" in f.type else int}
-        else:
-            how["type"] = type(f.default)
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        how["help"] += "" if shown in (False, "") else f" (default: {shown})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how)
-    given = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()
-    }
-    try:
-        o = settle(given)
-        check(o, set(given))
-    except ValueError as problem:
-        parser.error(str(problem))
-    return o
-
-
-ONLY_RELEASED = (
-    "revision",
-    "preset",
-    "size",
-    "guidance",
-    "sigmas",
-    "rank",
-    "alpha",
-    "dtype",
-    "checkpointing",
-    "decode_batch",
-)
-
-
-def unread(o: Options) -> dict[str, tuple[str, ...]]:
-    """{why: options that a run of this kind does not read}."""
-    every = {f.name for f in fields(o)}
-    return {
-        "with --evaluate": ()
-        if not o.evaluate
-        else tuple(
-            every
-            - {
-                "evaluate",
-                "eval_reward",
-                "eval_steps",
-                "eval_batch",
-                "heldout",
-                "shift",
-                "device",
-                "threads",
-            }
-        ),
-        "with --sample": ()
-        if not o.sample
-        else tuple(every - {"sample", "prompt", "out", "seed", "shift", "device", "threads"}),
-        "without --model": () if o.model else ONLY_RELEASED,
-        "unless --tune is lora": ("rank", "alpha") if o.tune != "lora" else (),
-        "with --sigmas pipeline": ("shift",) if o.sigmas == "pipeline" else (),
-        "unless --rollouts is independent": ("own_start",) if o.rollouts != "independent" else (),
-        "without --sample": ("prompt",) if not o.sample else (),
-        "with --factors of no number: there are no k-terms": ("form",) if not o.factors else (),
-        "with --optimizer sgd": ("weight_decay",) if o.optimizer == "sgd" else (),
-    }
-
-
-def check(o: Options, given: set[str]) -> None:
-    """Everything that can be known to be wrong before any work. Raises ValueError of one line."""
-    for why, names in unread(o).items():
-        for name in sorted(given.intersection(names)):
-            raise ValueError(f"--{name.replace('_', '-')}: must be left out {why}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name, good, wanted in rules(o, world):
-        value = getattr(o, name)
-        if not good(value):
-            flag, values = (
-                "--" + name.replace("_", "-"),
-                value if isinstance(value, tuple) else (value,),
-            )
-            raise ValueError(f"{' '.join(map(str, (flag, *values))).strip()}: must be {wanted}")
-    pave.check_factors(o.factors)
-    data, specs = (
-        prompts_of(o),
-        [spec for texts in (o.reward, o.eval_reward) for spec in zoo_rewards.parse(texts)],
-    )
-    asked = (*data.train, *data.heldout, *o.prompt)
-    if o.sample or any(spec.name in zoo_rewards.RULES for spec in specs):
-        if o.model:
-            raise ValueError(
-                "--reward, --eval-reward: 'rule' and 'right' judge the embedded world only"
-            )
-        for prompt in asked:
-            shapes.parse(prompt)
+def policy_of(o: Options, ranks: int = 1) -> policies.Policy:
+    """What is aligned; a released one's weights are not read yet. Raises ValueError of one line."""
     if not o.model:
-        shapes_model.tokenize(list(asked))
-    stochastic_steps(o, policy_of(o, world))
-
-
-def rules(o: Options, world: int) -> list[tuple[str, Callable, str]]:
-    """(option, what its value must satisfy, in words) for what can be said of one option at a time."""
-    positive, natural = (
-        (lambda z: 0 < z < math.inf, "a positive number"),
-        (lambda z: z >= 0, "0 or more"),
-    )
-    in_fours = (
-        lambda z: z > 0 and z % IMAGES_PER_PROMPT == 0,
-        f"a positive multiple of {IMAGES_PER_PROMPT}",
-    )
-    return [
-        *(
-            (name, *natural)
-            for name in (
-                "warmup",
-                "seed",
-                "threads",
-                "eval_every",
-                "rollout_batch",
-                "decode_batch",
-                "reward_batch",
-                "update_batch",
-            )
-        ),
-        *((name, *positive) for name in ("iterations", "updates", "clip", "lr", "rank", "alpha")),
-        ("heldout", *in_fours),
-        ("eval_batch", *in_fours),
-        (
-            "prompts_per_iteration",
-            lambda z: z > 0 and z % world == 0,
-            f"a positive multiple of the {world} rank{'s' * (world > 1)}",
-        ),
-        ("group_size", lambda z: z >= 2, "2 or more"),
-        ("kl", lambda z: 0 <= z < math.inf, "0 or more"),
-        ("weight_decay", lambda z: 0 <= z < math.inf, "0 or more"),
-        ("max_grad_norm", lambda z: z > 0, "positive, or inf"),
-        ("ema", lambda z: 0 <= z < 1, "at least 0 and below 1"),
-        (
-            "eval_steps",
-            lambda z: z and min(z) > 0 and len(set(z)) == len(z),
-            "distinct positive numbers",
-        ),
-        ("size", lambda z: not o.model or len(z) == 2, "a height and a width"),
-        (
-            "tune",
-            lambda z: z == "full" or (z == "lora") == bool(o.model),
-            "lora or full" if o.model else "transformer or full without --model",
-        ),
-        ("reward", bool, "given: one reward or more"),
-        ("eval_reward", bool, "given: one reward or more"),
-        (
-            "eval_reward",
-            lambda z: all(spec.weight == 1 for spec in zoo_rewards.parse(z)),
-            "without weights: judges are not summed",
-        ),
-        ("prompts", lambda z: z or not o.model, "given with --model"),
-        (
-            "eval_prompts",
-            lambda z: bool(z) == bool(o.prompts),
-            "given with --prompts, and only with it",
-        ),
-        ("sample", lambda z: bool(z) == bool(o.prompt), "given with --prompt"),
-        (
-            "sample",
-            lambda z: not z or o.out or not Path("samples.png").exists(),
-            "given with --out where samples.png exists",
-        ),
-        ("sample", lambda z: not z or world == 1, "run without torchrun"),
-        ("device", lambda z: z in ("auto", "cpu", "cuda"), "cpu, cuda or auto"),
-        (
-            "device",
-            lambda z: z != "cuda" or torch.cuda.is_available(),
-            "cpu: no CUDA device is available",
-        ),
-        (
-            "out",
-            lambda z: (
-                not z or not Path(z).exists() or (Path(z).is_dir() and not any(Path(z).iterdir()))
-            ),
-            "a new or empty folder",
-        ),
-    ]
-
-
-def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Released:
-    """What the options align, its weights not read yet where it is released. Raises ValueError of one line."""
-    if not o.model:
-        return policies.Embedded(
-            o.evaluate or o.sample or shapes_model.CHECKPOINT, o.tune, o.shift, o.kl > 0
-        )
+        return policies.Embedded(shapes_model.CHECKPOINT, o.tune, o.shift, reference=o.kl > 0)
     return policies.Released(
         o.model,
         o.revision or None,
@@ -447,18 +338,15 @@ def policy_of(o: Options, world: int = 1) -> policies.Embedded | policies.Releas
         checkpointing=o.checkpointing,
         reference=o.kl > 0,
         decode_batch=o.decode_batch,
-        world=world,
+        world=ranks,
     )
 
 
-def prompts_of(o: Options) -> Prompts:
-    """Those of the files, or the embedded world's. Raises ValueError of one line."""
-    return Prompts.of_files(o.prompts, o.eval_prompts) if o.prompts else Prompts()
-
-
-def make_process(o: Options, policy) -> pave.Process:
+def process_of(o: Options, policy: policies.Policy) -> pave.Process:
+    """What makes the policy's velocity a stochastic sampler."""
     return pave.Process(policy.grid(o.steps), o.kernel, o.eta)
 
 
-def stochastic_steps(o: Options, policy) -> tuple[int, ...]:
-    return make_process(o, policy).stochastic_steps(o.sde_steps or None)
+def stochastic_steps(o: Options, policy: policies.Policy) -> tuple[int, ...]:
+    """Those named, or all that have a density. Raises ValueError for one that has none."""
+    return process_of(o, policy).stochastic_steps(o.sde_steps or None)

@@ -1,21 +1,44 @@
-"""Where a process stands among others."""
+"""Where a process stands among others, and how all of them stop together."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from zoo.training.options import Options
+T = TypeVar("T")
 
 
 class Stopped(Exception):
     """A run cannot go on: what it has so far is saved."""
+
+
+def fail(message: str, anywhere: bool = False) -> NoReturn:
+    """End this process with status 2 and a line on standard error: rank 0's, or any rank's."""
+    if anywhere or os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
+    sys.exit(2)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Within, Stopped ends the program as `fail` does, after the traceback of code not ours."""
+    try:
+        yield
+    except Stopped as problem:
+        cause = problem.__cause__
+        if cause is not None and not isinstance(cause, ValueError):
+            traceback.print_exception(cause)
+        fail(str(problem))
 
 
 @dataclass(frozen=True)
@@ -27,58 +50,74 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def start(cls, o: Options) -> Ranks:
-        """This process's place, its device and threads set up, the process group opened if there are others."""
-        rank, world, local = (
-            int(os.environ.get(k, d))
-            for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        cuda = o.device == "cuda" or (o.device == "auto" and torch.cuda.is_available())
+    def start(cls, device: str, threads: int) -> Ranks:
+        """This process's place, its device and threads set up, a process group among others.
+
+        device is cpu, cuda or auto; threads 0 leaves their number to torch.
+        """
+        rank, world, local = place()
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda and local >= torch.cuda.device_count():
-            sys.exit(
-                f"train.py: error: rank {local} of this node has no GPU: must be {torch.cuda.device_count()} "
-                f"ranks or fewer"
-            )
-        device = torch.device(f"cuda:{local}" if cuda else "cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.backends.cudnn.allow_tf32 = False  # convolutions in true float32, as on the CPU
-        if o.threads:
-            torch.set_num_threads(o.threads)
+            most = f"must be {torch.cuda.device_count()} ranks or fewer"
+            fail(f"rank {local} of this node has no GPU: {most}", anywhere=True)
+        own = torch.device(f"cuda:{local}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(own)
+            # Convolutions in true float32, as on the CPU.
+            torch.backends.cudnn.allow_tf32 = False
+        if threads:
+            torch.set_num_threads(threads)
         if world > 1 and not dist.is_initialized():
             # Ranks wait for each other while one loads or writes tens of gigabytes.
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2)
-            )
-        return cls(rank, world, device)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        return cls(rank, world, own)
+
+    def stop(self) -> None:
+        """Close the process group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
 
     def share(self, n: int) -> range:
         """This rank's contiguous part of range(n)."""
         return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def together(self, job: Callable, *arguments):
-        """job(*arguments) on every rank; where one fails, Stopped on all: nobody waits for a rank that is gone."""
-        value = failed = None
+    def together(self, job: Callable[..., T], *arguments: Any) -> T:
+        """job(*arguments) on every rank; where one fails, Stopped on all.
+
+        So nobody waits for a rank that is gone.
+        """
+        value, failed, said = None, None, ""
         try:
             value = job(*arguments)
         except Exception as error:  # somebody else's reward
-            failed = error
-        for said in self.gather(None if failed is None else f"{type(failed).__name__}: {failed}"):
-            if said:
-                raise Stopped(said) from failed
-        return value
+            failed, said = error, f"{type(error).__name__}: {error}"
+        for message in self.gather(said):
+            if message:
+                raise Stopped(message) from failed
+        return value  # type: ignore[return-value]  # nothing failed
 
-    def average_gradients(self, tuned: list[torch.nn.Parameter]) -> None:
+    def average_gradients(self, tuned: Sequence[torch.nn.Parameter]) -> None:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
         if self.world > 1:
             for p in tuned:
                 if p.grad is not None:  # None on every rank: no path leads there
                     dist.all_reduce(p.grad)
                     p.grad /= self.world
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank within this node), as torchrun says them."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return rank, world, int(os.environ.get("LOCAL_RANK", 0))

@@ -1,4 +1,4 @@
-"""The folder a run leaves."""
+"""The folder a run leaves, and how a run is interrupted. docs/RUNS.md says what the files hold."""
 
 from __future__ import annotations
 
@@ -6,129 +6,166 @@ import importlib.metadata
 import json
 import platform
 import shlex
+import signal
 import sys
 import time
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from zoo.rewards import spec as zoo_rewards
-from zoo.training import pictures
+from zoo.rewards import spec as rewards
+from zoo.training import pictures, policies
 from zoo.training.draw import draw_block
 from zoo.training.evaluate import judge_heldout
-from zoo.training.options import Options, Parser
+from zoo.training.metrics import Metrics
+from zoo.training.options import Options
 from zoo.training.prompts import Prompts
-from zoo.training.ranks import Ranks
+from zoo.training.ranks import Ranks, Stopped
+
+
+class Interrupt:
+    """The first Ctrl-C is noted, to end the run after its iteration; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.noted = False
+        signal.signal(signal.SIGINT, self.note)
+
+    def note(self, *_: Any) -> None:
+        self.noted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Run:
-    """The run folder, which only rank 0 writes: config.json, metrics.jsonl, pictures, weights, summary.json."""
+    """The run folder, which only the first rank writes.
+
+    config.json, metrics.jsonl, before_after.png, curve.png, summary.json, and the weights.
+    """
 
     def __init__(
-        self, o: Options, policy, judges: zoo_rewards.Rewards, data: Prompts, ranks: Ranks
+        self,
+        o: Options,
+        policy: policies.Policy,
+        judges: rewards.Rewards,
+        data: Prompts,
+        ranks: Ranks,
     ):
         self.o, self.policy, self.judges, self.data, self.ranks = o, policy, judges, data, ranks
-        self.lines, self.columns, self.began, self.complete = [], {}, time.perf_counter(), False
-        self.summary: dict = {"heldout": {}, "heldout_family": {}, "diversity": {}}
-        if ranks.rank == 0:
-            self.folder = (
-                Path(o.out)
-                if o.out
-                else next(
-                    folder
-                    for folder in (Path(f"runs/{policy.name}-{i}") for i in range(1, 10**6))
-                    if not folder.exists()
-                )
-            )
+        self.first_judge = next(iter(judges.rewards))
+        self.began = time.perf_counter()
+        self.folder = Path(o.out or free_folder(policy.name))
+        self.lines: list[dict[str, Any]] = []
+        self.blocks: dict[str, pictures.Block] = {}
+        self.summary: dict[str, Any] = {"heldout": {}, "heldout_family": {}, "diversity": {}}
+        if ranks.leads:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.json").write_text(json.dumps(asdict(o), indent=1) + "\n")
+                self.write("config.json", asdict(o))
             except OSError as problem:
-                Parser().error(f"--out {self.folder}: cannot be written ({problem.strerror})")
+                said = f"cannot be written ({problem.strerror})"
+                raise Stopped(f"--out {self.folder}: {said}") from None
             print(f"writing {self.folder}/")
 
-    def log(self, line: dict) -> None:
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """A file of JSON."""
+        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+    def log(self, iteration: int, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl, with the seconds since the start."""
-        line["seconds"] = round(time.perf_counter() - self.began, 2)
+        seconds = round(time.perf_counter() - self.began, 2)
+        line = {"iteration": iteration, **metrics, "seconds": seconds}
         self.lines.append(line)
-        if self.ranks.rank == 0:
+        if self.ranks.leads:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def picture(self, title: str) -> None:
-        """Draw before_after.png: what was drawn first, and now."""
+        """Draw before_after.png: what was drawn first, and what is drawn now."""
         prompts, noise = self.data.shown(self.policy.shape, self.policy.kind)
         block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks)
-        self.columns = dict([*list(self.columns.items())[:1], (title, block)])
-        if self.ranks.rank == 0:
-            pictures.draw_grid(self.columns, prompts, self.folder / "before_after.png")
+        before = dict(list(self.blocks.items())[:1])
+        self.blocks = before | {title: block}
+        if self.ranks.leads:
+            judged = self.lines and f"heldout_{self.first_judge}" in self.lines[-1]
+            headline = pictures.headline(self.lines, self.first_judge) if judged else ""
+            path = self.folder / "before_after.png"
+            pictures.draw_grid(self.blocks, prompts, path, headline)
 
-    def judge(self, when: str = "") -> dict:
-        """Held-out figures as a log line: of the first number of steps or, kept as summary["heldout"][when], of all."""
+    def judge(self, iteration: int, when: str = "") -> None:
+        """Log the held-out means of the first number of ODE steps.
+
+        Where `when` is said ("before", "after") those of all are judged, printed, and kept under
+        that name for summary.json.
+        """
         steps = self.o.eval_steps if when else self.o.eval_steps[:1]
         result = judge_heldout(self.o, self.policy, self.judges, self.data, steps, self.ranks)
-        first = result["heldout"][str(steps[0])]
         if when:
-            for key, name in (
-                ("heldout", "heldout"),
-                ("heldout_family", "family"),
-                ("diversity", "diversity"),
-            ):
-                self.summary[key][when] = result[name]
-            if self.ranks.rank == 0:
-                print(
-                    f"{when}: held-out, by ODE steps: "
-                    + "; ".join(
-                        f"{name} "
-                        + ", ".join(
-                            f"{T}: {result['heldout'][str(T)][name]:.3f}" for T in sorted(steps)
-                        )
-                        for name in first
-                    )
-                    + "".join(f"; {name} {value:.2f}" for name, value in result["family"].items())
-                    + f"; diversity {result['diversity']:.3f}"
-                )
-        return {f"heldout_{name}": value for name, value in first.items()}
+            self.summary["heldout"][when] = result["heldout"]
+            self.summary["heldout_family"][when] = result["family"]
+            self.summary["diversity"][when] = result["diversity"]
+            if self.ranks.leads:
+                print(f"{when}: {in_words(result)}")
+        first = result["heldout"][str(steps[0])]
+        self.log(iteration, {f"heldout_{judge}": mean for judge, mean in first.items()})
 
-    def save(self, iterations: int) -> None:
-        """Write the weights, curve.png and summary.json as of now; no rank goes on, or away, before that is done."""
-        main = self.ranks.rank == 0
-        self.summary["weights"] = self.policy.save(self.folder if main else Path(), main)
-        if main:
-            pictures.draw_curve(
-                self.lines, next(iter(self.judges.rewards)), self.folder / "curve.png"
-            )
-            self.summarise(iterations)
+    def save(self, done: int, complete: bool = False) -> None:
+        """Write the weights, curve.png and summary.json as of now, after `done` iterations.
+
+        No rank goes on, or away, before that is done.
+        """
+        leads = self.ranks.leads
+        self.summary["weights"] = self.policy.save(self.folder if leads else Path(), leads)
+        if leads:
+            path, pairs = self.folder / "curve.png", self.o.heldout
+            pictures.draw_curve(self.lines, self.first_judge, path, pairs=pairs)
+            self.summarise(done, complete)
         self.ranks.gather(None)
 
-    def summarise(self, iterations: int) -> None:
+    def finish(self, done: int, complete: bool) -> None:
+        """Save for the last time, and say so."""
+        self.save(done, complete)
+        if self.ranks.leads:
+            how = "finished" if complete else "interrupted"
+            spent = f"after {done} iterations and {self.summary['seconds']:.0f} s"
+            print(f"{how} {spent}: look at {self.folder / 'before_after.png'}")
+
+    def summarise(self, done: int, complete: bool) -> None:
         """Write summary.json: held-out figures, and where, with what and how long."""
-        o, device = self.o, self.ranks.device
-        packages = (
-            ("torch", "numpy", "diffusers", "transformers", "peft")
-            if o.model
-            else ("torch", "numpy")
-        )
-        versions = {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in packages},
-        }
-        where = (
-            torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads"
-        )
+        packages = ["torch", "numpy"]
+        if self.o.model:
+            packages += ["diffusers", "transformers", "peft"]
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        cuda = self.ranks.device.type == "cuda"
+        cpu = f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {
             "seconds": round(time.perf_counter() - self.began, 1),
-            "iterations": iterations,
-            "interrupted": not self.complete,
-            "seed": o.seed,
-            "device": where,
+            "iterations": done,
+            "interrupted": not complete,
+            "seed": self.o.seed,
+            "device": torch.cuda.get_device_name() if cuda else cpu,
             "ranks": self.ranks.world,
-            "versions": versions,
+            "versions": {"python": platform.python_version(), **versions},
             "command": shlex.join(["python", *sys.argv]),
         }
-        if device.type == "cuda":
+        if cuda:
             self.summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        (self.folder / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
+        self.write("summary.json", self.summary)
+
+
+def free_folder(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
+    folders = (Path(f"runs/{name}-{i}") for i in count(1))
+    return next(folder for folder in folders if not folder.exists())
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """A judgement in one line: each judge's mean by ODE steps, families, diversity."""
+    means: dict[str, list[str]] = {}
+    for steps in sorted(result["heldout"], key=int):
+        for judge, mean in result["heldout"][steps].items():
+            means.setdefault(judge, []).append(f"{steps}: {mean:.3f}")
+    said = [f"{judge} {', '.join(values)}" for judge, values in means.items()]
+    said += [f"{kind} {mean:.2f}" for kind, mean in result["family"].items()]
+    return f"held-out, by ODE steps: {'; '.join(said)}; diversity {result['diversity']:.3f}"

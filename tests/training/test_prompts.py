@@ -1,0 +1,73 @@
+"""What a run is asked: prompts of files and of the embedded world, and the noise of each."""
+
+import pytest
+import torch
+
+from zoo.shapes import world
+from zoo.training import policies, prompts
+from zoo.training.ranks import Ranks
+
+
+def test_every_key_has_a_stream_of_its_own():
+    """Keys of other lengths or with zeros at their end too: no run draws held-out noise."""
+    keys = [(0,), (0, 0), (0, 0, 0), (0, 1), (0, 1, 0), (1,), (1, 0), (1, 0, 0), (1, 1, 0)]
+    keys += [(seed, i, j) for seed in (2, 3) for i in range(3) for j in range(3)]
+    draws = [torch.randn(4, generator=prompts.generator_of(*key)) for key in keys]
+    assert len({tuple(z.tolist()) for z in draws}) == len(keys)
+    assert torch.equal(draws[-1], torch.randn(4, generator=prompts.generator_of(3, 2, 2)))
+
+
+def test_what_is_drawn_belongs_to_the_prompt_and_not_to_the_rank():
+    """Four ranks draw, in their order, what one draws: prompts, and noise after them."""
+    data = prompts.Prompts()
+    shares = [Ranks(rank, 4, torch.device("cpu")).share(8) for rank in range(4)]
+    assert [i for share in shares for i in share] == list(range(8))
+    alone, generators = data.draw(0, 1, range(8))
+    noise = [torch.randn(4, generator=g) for g in generators]
+    for share in shares:
+        shared, generators = data.draw(0, 1, share)
+        assert shared == [alone[i] for i in share]
+        for i, g in zip(share, generators):
+            assert torch.equal(torch.randn(4, generator=g), noise[i])
+    assert len(set(alone)) > 1 and set(alone) <= set(world.TRAIN_PROMPTS)
+    assert data.draw(0, 2, range(8))[0] != alone != data.draw(1, 1, range(8))[0]
+
+
+def test_heldout_pairs_are_fixed_and_never_trained_on():
+    """512 pairs, the same every time, 4 noises a prompt, from prompts that training never draws."""
+    asked, noise = prompts.Prompts().pairs((3, 32, 32), 512)
+    again, same = prompts.Prompts().pairs((3, 32, 32), 512)
+    assert asked == again and torch.equal(noise, same) and noise.shape == (512, 3, 32, 32)
+    assert len({tuple(z.flatten()[:8].tolist()) for z in noise}) == 512
+    assert not set(asked) & set(world.TRAIN_PROMPTS)
+    assert {world.parse(p).family for p in asked} == {"count", "conjunction", "relation"}
+
+
+def test_a_prompt_file_is_accounted_for_line_by_line(tmp_path):
+    """Distinct prompts in their order; empty lines and repetitions, and no others, are reported."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(" a cat\n\na dög\na cat \n   \na cat on a mat\n", encoding="utf-8")
+    found, report = prompts.read(path)
+    assert found == ["a cat", "a dög", "a cat on a mat"]
+    assert report == [
+        f"{path}, line 2: empty, left out",
+        f"{path}, line 4: 'a cat' is line 1 again, left out",
+        f"{path}, line 5: empty, left out",
+    ]
+    path.write_bytes("\ufeffa bird\n".encode())  # a byte order mark is no part of a prompt
+    assert prompts.read(path) == (["a bird"], [])
+    for content, said in ((b"\n\n", "at least one prompt"), (b"\xff\xfe", "UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            prompts.read(path)
+
+
+def test_shown_prompts_are_of_all_kinds_and_few_are_enough():
+    """Eight of the embedded world, kinds in equal parts; a file of one prompt shows one."""
+    data, policy = prompts.Prompts(), policies.Embedded()
+    shown, noise = data.shown(policy.shape, policy.kind)
+    kinds = [policy.kind(prompt) for prompt in shown]
+    assert len(set(shown)) == 8 and noise.shape == (8, 4, 3, 32, 32)
+    assert {kinds.count(kind) for kind in ("count", "conjunction", "relation")} == {2, 3}
+    one = prompts.Prompts(("a",), ("b",))
+    assert one.shown((2,), lambda prompt: "")[1].shape == (1, 4, 2)
