@@ -1,6 +1,7 @@
-"""Run train.py's main on several command lines, keeping every rollout's noise: `two_ranks.py JOBS.json NAME`.
+"""Run train.py on several command lines, keeping every rollout's noise: `two_ranks.py JOBS NAME`.
 
-Started alone or by torchrun; writes NAME-CASE/, the run folder, and NAME-RANK-CASE.pt, the noise of each iteration.
+JOBS is a JSON file {case: flags}. Started alone or by torchrun. Leaves NAME-CASE/, the run folder;
+NAME-RANK-CASE.pt, the noise of each iteration; and NAME-RANK-swap.pt, what `swapped` returns.
 """
 
 import json
@@ -10,39 +11,54 @@ from pathlib import Path
 
 import torch
 
+import pave_grpo as pave
 import train
 from zoo.training import policies, prompts
+from zoo.training.options import policy_of
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+plain_draw, plain_shown = pave.draw_noise, prompts.Prompts.shown
+kept: list[torch.Tensor] = []  # z of every rollout of a case
+
+
+def draw_and_keep(*args, **kwargs):
+    noise = plain_draw(*args, **kwargs)
+    kept.append(noise.z.clone())
+    return noise
+
+
+def show_one(self, shape, kind):
+    return plain_shown(self, shape, kind, 1)
+
+
+def stay_open():
+    """One process group serves all command lines."""
 
 
 def main(jobs: str, name: str) -> None:
-    train.dist.destroy_process_group = lambda: None  # one group for all command lines
-    shown, draw = prompts.Prompts.shown, train.pave.draw_noise
-    prompts.Prompts.shown = lambda self, shape, kind: shown(self, shape, kind, 1)
+    pave.draw_noise = draw_and_keep
+    prompts.Prompts.shown = show_one
+    torch.distributed.destroy_process_group = stay_open
     for case, flags in json.loads(Path(jobs).read_text()).items():
-        kept = []
-
-        def kept_noise(*args, kept=kept, **kwargs):
-            noise = draw(*args, **kwargs)
-            kept.append(noise.z.clone())
-            return noise
-
-        train.pave.draw_noise = kept_noise
+        kept.clear()
         train.main([*flags, "--out", f"{name}-{case}"])
-        torch.save(kept, f"{name}-{os.environ.get('RANK', 0)}-{case}.pt")
-    torch.save(swapped(flags), f"{name}-{os.environ.get('RANK', 0)}-swap.pt")
+        torch.save(list(kept), f"{name}-{RANK}-{case}.pt")
+    torch.save(swapped(flags), f"{name}-{RANK}-swap.pt")
 
 
 def swapped(flags: list[str]) -> list[torch.Tensor]:
-    """Velocities of the last command line's model with its own weights, with an average of them, and again its own."""
-    o = train.parse(flags)
-    policy = train.policy_of(o, int(os.environ.get("WORLD_SIZE", 1)))
-    policy.load(["a dog"], torch.device("cpu"), 0, int(os.environ.get("WORLD_SIZE", 1)))
+    """A velocity of the model of some flags: by its weights, by an average, by its own again."""
+    policy = policy_of(train.parse(flags), WORLD)
+    policy.load(["a dog"], torch.device("cpu"), RANK, WORLD)
     average = policies.EMA(policy.tuned, 0.5)
     x = torch.randn(1, *policy.shape, generator=torch.Generator().manual_seed(0))
+
+    def ask():
+        return policy.velocity(["a dog"])(x, torch.tensor([0.5]), torch.tensor([0]))
+
     with torch.no_grad():
         for p in policy.tuned:
             p.mul_(1.1)
-        ask = lambda: policy.velocity(["a dog"])(x, torch.tensor([0.5]), torch.tensor([0]))
         own = ask()
         with average.applied():
             averaged = ask()
