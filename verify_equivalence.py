@@ -1,449 +1,466 @@
 """The oracle: in which sense is a decomposed transition "equivalent" to the one that was sampled?
 
-    python verify_equivalence.py                                    every claim, in float64: two minutes on 2 CPU cores
+    python verify_equivalence.py                                    every claim, in float64
+    python verify_equivalence.py --rows                             and every measurement
     python verify_equivalence.py --claims E2 E7 --kernels cps --factors 2 4
-    python verify_equivalence.py --model CHECKPOINT --prompt TEXT   the same on a trained model, in its dtype
-    python verify_equivalence.py --against my_code:transition       judge another implementation (zoo/oracle/judging.py)
-    python verify_equivalence.py --vectors DIR                      write golden vectors; --check-vectors re-checks them
+    python verify_equivalence.py --model CHECKPOINT --prompt TEXT   on a trained model, in its dtype
+    python verify_equivalence.py --against my_code:transition       judge another implementation
+    python verify_equivalence.py --vectors DIR                      write golden vectors
 
-A transition x_t -> x_s was sampled by one stochastic step, a Gaussian with mean mu^(1) and standard deviation c_1. Its
-k-term scores it again as if made by k-1 deterministic sub-steps and one stochastic sub-step: mean mu^(k), deviation
-c_k. The reward attribution of a sample with advantage A is A (x_s - mu)/c^2, what its reward asks of the mean. Members
-of a group branch from one state ("shared anchors") or are trajectories of their own ("independent").
+A transition x_t -> x_s was sampled by one stochastic step, a Gaussian with mean mu^(1) and standard
+deviation c_1. Its k-term scores it again as if made by k-1 deterministic sub-steps and one
+stochastic sub-step: mean mu^(k), deviation c_k. The attribution of a sample with advantage A is
+A (x_s - mu)/c^2, what its reward asks of the mean. The members of a group branch from one state
+("shared anchors"), or are trajectories of their own ("independent"). "Matched" moves the k-term's
+density onto the one that sampled, N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2). On a straight flow
+the velocity is constant along every path of the ODE.
 
-Every statement E1 to E11 is put to the test on velocity fields with a known answer and on networks (zoo/oracle/fields.py),
-what is claimed false like what is claimed true. Each row gets one verdict, beside the one registered here in advance:
+Claims E1 to E11 are tested on velocity fields with a known answer and on networks
+(zoo/oracle/fields.py), TRUTH, MARGINAL and GRADIENT against closed forms. Each claim stands here in
+one place: its sentence; its statements, each with the verdict that is registered before anything is
+measured; and the test. What is registered as refuted must differ by the size that theory gives it.
 
-    EXACT          both sides agree to the tolerance, which is derived: rounding, or Z standard errors
-    FIRST ORDER    they agree in the limit of small steps; the error vanishes as the power of the step that is printed
-    BROKEN         they differ by more than the tolerance; the row says by how much
-    INCONCLUSIVE   the test could not have told: too few samples for the effect it is for, no clear slope, not a number
+    HOLDS          both sides agree to a tolerance that is derived: rounding, or Z standard errors
+    CONVERGES      they agree in the limit of small steps D; the error vanishes as the power printed
+    REFUTED        they differ by more than the tolerance; the range of the difference is printed
+    INCONCLUSIVE   the test could not have told: too few samples, no clear slope, no number
 
-Exit status: 0 every verdict is the registered one, 1 one is not, 2 bad usage, 3 one is inconclusive.
+Exit status: 0 all is as registered, 1 something is not, 2 bad usage, 3 something is inconclusive.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from tqdm import tqdm
 
 import pave_grpo as pave
-from zoo.oracle import fields, judging, vectors
-from zoo.oracle.bench import (
-    ETA,
-    GROUPS,
-    KERNELS,
-    MEMBERS,
-    MODES,
-    POINT,
-    SAMPLES,
-    Bench,
-    Model,
-    Scene,
-    attribution,
-    condition,
-    cosine,
-    flat_gradient,
-    norms,
-    one_step,
-    only,
-    term_gradient,
+from zoo.oracle import fields, judging, options, report, vectors
+from zoo.oracle.bench import ETA, MODES, POINT, Bench, Scene
+from zoo.oracle.claims import (
+    Claims,
+    Clause,
+    Measured,
+    Measurements,
+    Range,
+    Statement,
+    about,
+    near,
+    status_of,
 )
-from zoo.oracle.comparison import compare, show_comparison, show_estimates
+from zoo.oracle.comparison import compare, show_comparison
+from zoo.oracle.experiments import (
+    GROUPS,
+    MEMBERS,
+    SAMPLES,
+    Chain,
+    derivatives,
+    group_estimates,
+    product,
+    small_steps,
+    straight_mean,
+    straight_pull,
+    update,
+    variance,
+)
 from zoo.oracle.figures import draw_figures
 from zoo.oracle.findings import (
-    BROKEN,
-    EXACT,
-    FALSE_ALARM,
-    ORDER,
-    STATISTICS,
-    UNCLEAR,
-    Row,
+    CONVERGES,
+    HOLDS,
+    REFUTED,
+    Z,
     exact,
     joint,
     largest,
     order,
     statistic,
 )
-from zoo.oracle.options import DRAWN, is_pipeline, parse
-from zoo.oracle.report import (
-    conclusion,
-    environment,
-    is_statistical,
-    status_of,
-    summarise,
+from zoo.oracle.measures import (
+    attribution,
+    condition,
+    cosine,
+    flat_gradient,
+    group_pull,
+    log_ratio,
+    norms,
+    one_step,
+    term_gradient,
+    turned,
+    unit,
 )
-from zoo.oracle.theory import scale_of, weight_sum
+from zoo.oracle.theory import Theory
 
-SCHEMA = 1
+CLAIMS = Claims()
+claim = CLAIMS.add
 
-
-class Claim(NamedTuple):
-    """A claim in one plain sentence, what yields its rows, and whether --model tests it too."""
-
-    sentence: str
-    test: Callable[[Bench], Iterator[Row]]
-    on_model: bool
+# Topics of the conclusion.
+ATTRIBUTION, DENSITY, PARAMETERS, USE = report.TOPICS
 
 
-CLAIMS: dict[str, Claim] = {}
+def place(**where: Any) -> dict[str, Any]:
+    """Where a finding was made: kernel, k, rollouts, form, fixture."""
+    return where
 
 
-def claim(name: str, sentence: str, on_model: bool = False):
-    """Register a test under its statement's name in THEORY.md; the sentence is its documentation. It yields rows."""
-
-    def register(test):
-        test.__doc__ = sentence
-        CLAIMS[name] = Claim(sentence, test, on_model)
-        return test
-
-    return register
+def straight(theory: Theory) -> str:
+    """Holds for the kernels under which a straight flow decomposes exactly."""
+    return HOLDS if theory.straight else REFUTED
 
 
-# ---- The claims ----------------------------------------------------------------------------------------------
+def conserved(t: float, s: float) -> Callable[[Theory], str]:
+    """Holds for the kernels whose velocity weights add up in the step t -> s."""
+
+    def registered(theory: Theory) -> str:
+        return HOLDS if theory.conserves(t, s) else REFUTED
+
+    return registered
+
+
+def unbiased(theory: Theory) -> str:
+    """Holds for the kernels under which the gap of the means vanishes faster than c_k^2."""
+    return REFUTED if theory.bias(torch.ones(1), 2, 0.5).item() else HOLDS
+
+
+def lands(theory: Theory) -> str:
+    """Holds for the kernels that take the marginal of a point at t to the one at s."""
+    return HOLDS if theory.variance_after(0.6, 0.5) == 0.5**2 else REFUTED
+
+
+def reaches(theory: Theory) -> str:
+    """Holds for the kernels whose samples reach the data's variance."""
+    return HOLDS if theory.limit_variance(1.0) == 1.0 else REFUTED
+
+
+# ---- The claims ----------------------------------------------------------------------------------
 
 
 @claim(
     "E1",
-    "Which k are re-scored, and in which form, changes no rollout, no reward and no advantage, bit for bit.",
-    True,
+    Statement("same", "rollouts and rewards ignore S, form", HOLDS, "bitwise"),
+    on_model=True,
 )
-def e1(bench):
+def e1(bench: Bench) -> Measurements:
+    """Which k are re-scored, and in which form, changes no rollout, no reward and no advantage, bit
+    for bit.
+    """
+    # Kept tensors after every loss, and the rollout drawn again.
+
+    def tensors(scene: Scene) -> tuple[Tensor, ...]:
+        rollout = scene.rollout
+        return rollout.x_t, rollout.x_s, rollout.log_prob, rollout.x_0, scene.advantages
+
     for scene, where in bench.scenes("network", "embedded"):
-        tensors = lambda z: (
-            z.rollout.x_t,
-            z.rollout.x_s,
-            z.rollout.log_prob,
-            z.rollout.x_0,
-            z.advantages,
-        )
         before = [z.clone() for z in tensors(scene)]
         for factors, form in (((), "paper"), (bench.factors, "paper"), (bench.factors, "matched")):
-            loss = pave.policy_loss(
+            result = pave.policy_loss(
                 scene.field, scene.rollout, scene.advantages, factors=factors, form=form
-            ).loss
-            flat_gradient(loss, scene.field)
-        after = (
-            tensors(scene),
-            tensors(bench._scene(where["fixture"], where["kernel"], where["rollouts"])),
-        )
-        error = largest(*(a - b for now in after for a, b in zip(before, now, strict=True)))
-        yield bench.row(
-            exact(error, 0.0, "bitwise"),
-            EXACT,
-            "rollouts, rewards, advantages, kept and drawn again",
-            form="both",
-            **where,
-        )
+            )
+            flat_gradient(result.loss, scene.field)
+        again = bench.new_scene(where["fixture"], where["kernel"], where["rollouts"])
+        changes = [a - b for a, b in zip(tensors(scene), before, strict=True)]
+        changes += [a - b for a, b in zip(tensors(again), before, strict=True)]
+        yield Measured("same", exact(largest(*changes), 0.0), form="both", **where)
+
+
+SUMS = "64 roundings, of terms so much larger than their sum"
 
 
 @claim(
     "E2",
-    "With shared anchors and advantages that sum to zero, a group's reward attribution keeps its direction "
-    "exactly; its size is (c_1/c_k)^2 times the original's. Independent rollouts lose the direction.",
-    True,
+    Statement(
+        "direction",
+        "group's attribution keeps direction",
+        HOLDS,
+        SUMS,
+        Clause(
+            ATTRIBUTION,
+            "yes in direction, in groups that branch from one state",
+            "no: even a group that branches from one state loses its direction",
+        ),
+    ),
+    Statement(
+        "size",
+        "its size is multiplied by (c_1/c_k)^2",
+        HOLDS,
+        SUMS,
+        Clause(ATTRIBUTION, "in size by (c_1/c_k)^2", "in size by an unknown factor"),
+        Clause(USE, "term weights that divide by (c_1/c_k)^2", ""),
+    ),
+    Statement(
+        "independent",
+        "independent rollouts keep direction",
+        REFUTED,
+        SUMS,
+        Clause(ATTRIBUTION, "yes in independent rollouts", "no in independent rollouts"),
+    ),
+    Statement("clamped", "a clamp of A that acts keeps direction", REFUTED, SUMS),
+    on_model=True,
 )
-def e2(bench):
+def e2(bench: Bench) -> Measurements:
+    """With shared anchors and advantages that sum to zero, a group's reward attribution keeps its
+    direction exactly; its size is (c_1/c_k)^2 times the original's. Independent rollouts lose the
+    direction.
+    """
+    # sum_i A_i (x_s - mu^(k))/c_k^2 of every group, read off policy_loss, beside the original's.
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
-        yield from group_attribution(bench, scene, where, where["rollouts"] == "shared_anchor", "")
+        shared = where["rollouts"] == "shared_anchor"
+        yield from group_attribution(bench, scene, where, "direction" if shared else "independent")
     for kernel in () if bench.model else bench.kernels:
-        where = dict(kernel=kernel, rollouts="shared_anchor", fixture="network")
+        where = place(kernel=kernel, rollouts="shared_anchor", fixture="network")
         scene = bench.scene("network", kernel, "shared_anchor", 1.0)
-        yield from group_attribution(bench, scene, where, False, ", advantages clamped at 1")
+        yield from group_attribution(bench, scene, where, "clamped")
 
 
 def group_attribution(
-    bench: Bench, scene: Scene, where: dict, kept: bool, note: str
-) -> Iterator[Row]:
-    """sum_i A_i (x_s - mu^(k))/c_k^2 beside the original's: direction, and where it is kept size (THEORY.md, E2)."""
-    grid, steps = scene.rollout.process.grid.tolist(), scene.rollout.sde_steps
-    whole = {k: attribution(scene, k).sum(2) for k in (1, *bench.factors)}
-    unit = {k: v / pave.per_row(norms(v), v) for k, v in whole.items()}
-    for k in bench.factors:
-        size = condition(scene, k, whole[k]) + condition(scene, 1, whole[1])
-        allowed = (64 * bench.eps * size, f"64 roundings of terms {size:.0f} times their sum")
-        yield bench.row(
-            exact(largest(norms(unit[k] - unit[1])), *allowed),
-            EXACT if kept else BROKEN,
-            f"direction of the group's attribution{note}",
-            k=k,
-            form="paper",
-            **where,
-        )
-        if kept:
-            scales = [scale_of(where["kernel"], k, *grid[i : i + 2]) for i in steps]
-            wanted = torch.tensor(scales, dtype=torch.float64).to(whole[k])
-            yield bench.row(
-                exact(largest(norms(whole[k]) / norms(whole[1]) / wanted - 1), *allowed),
-                EXACT,
-                "its size against the formula (c_1/c_k)^2",
-                k=k,
-                form="paper",
-                **where,
-            )
+    bench: Bench, scene: Scene, where: dict[str, Any], statement: str
+) -> Measurements:
+    """Directions as distances of unit vectors; where the direction is kept, the size too.
 
-
-class Update(NamedTuple):
-    """A theta near theta_old, seen from one anchor by n members: policy_loss's mean ratio, and what it should be."""
-
-    ratio: float
-    expected: float
-    se: float
-    delta: Tensor  # mu^(k) - mu^(k)_old
-    old: dict[int, pave.Transition]
-    new: pave.Transition
-    x_s: Tensor  # [n, d]
-
-
-def update(
-    bench: Bench, name: str, kernel: str, k: int, size: float, form: str, reduction: str = "sum"
-) -> Update:
-    """Move theta so that mu^(k) moves by about `size` along its gap to mu^(1), and take policy_loss's mean ratio.
-
-    The ratio is lognormal: with m the mean and c the deviation it is scored under, log ratio = (delta.(x_s - m) -
-    |delta|^2/2)/c^2, x_s ~ N(mu^(1)_old, c_1^2), so its mean and its standard error are known. "mean" divides by d.
+    What is lost is predicted: the group pulls at sum_i A_i (x_s - mu^(k)_i), in which the means
+    cancel only if they are equal and sum_i A_i = 0. There, mu^(k) is the kernel's by definition.
     """
-    field, d = bench.fixture(name).field, fields.DIM
-    process, factors = pave.Process(POINT, kernel, ETA), () if k == 1 else (k,)
-    # Of 32 states the one with the widest gap: a bias is shown where it is, not where chance makes it small.
-    starts = bench.normal(32, 1, 1, d, of=("start", name))
-    with torch.no_grad():
-        pairs = [one_step(field, kernel, x[0], *POINT, factors) for x in starts]
-    start = starts[
-        max(range(32), key=lambda i: (pairs[i][k].mean - pairs[i][1].mean).norm().item())
-    ]
-    noise = pave.Noise(start, bench.normal(1, 1, SAMPLES, d, of=("update", name, kernel, form)))
-    rollout = pave.rollout_shared_anchor(field, process, noise)
-    at = lambda f: pave.rescore(f, rollout, factors)
-    old = {j: p._replace(mean=p.mean.detach()) for j, p in at(field).items()}
-    gap = (old[1].mean - old[k].mean).flatten()
-    gap = gap if k > 1 else torch.ones_like(gap)
-    step = flat_gradient(at(field)[k].mean.flatten() @ gap / gap.norm(), field)
-    scale = size / (step @ step).item()
-    for _ in range(4):  # the mean is not linear in theta: correct the length of the step
-        new = at(fields.shifted(field, scale * step))[k]
-        scale *= size / (new.mean - old[k].mean).norm().item()
-    moved = fields.shifted(field, scale * step)
-    options = dict(factors=factors, form=form, reduction=reduction, clip=None)
-    ones = torch.ones(1, 1, SAMPLES, dtype=bench.dtype, device=bench.device)
-    with torch.no_grad():
-        first = pave.policy_loss(field, rollout, ones, **options).old
-        ratio = pave.policy_loss(moved, rollout, ones, old=first, **options).terms[k].ratio_mean
-        new = at(moved)[k]
-    delta = (new.mean - old[k].mean).flatten()
-    c_1, c = old[1].std.item(), old[k if form == "paper" else 1].std.item()
-    off = (old[1].mean - old[k].mean).flatten() if form == "paper" else torch.zeros_like(delta)
-    per = d if reduction == "mean" else 1
-    mean = ((delta @ off - delta @ delta / 2) / c**2).item() / per
-    var = (delta @ delta).item() * c_1**2 / c**4 / per**2
-    expected = math.exp(mean + var / 2)
-    return Update(
-        ratio,
-        expected,
-        expected * math.sqrt(math.expm1(var) / SAMPLES),
-        delta,
-        old,
-        new,
-        rollout.x_s[0, 0],
-    )
+    theory, steps = bench.theory(where["kernel"]), scene.rollout.sde_steps
+    grid = scene.rollout.process.grid.tolist()
+    whole = {k: attribution(scene, k).sum(2) for k in (1, *bench.factors)}
+    pulls = {k: unit(group_pull(scene, theory, k)) for k in (1, *bench.factors)}
+    for k in bench.factors:
+        at = dict(where, k=k, form="paper")
+        size = condition(scene, k, whole[k]) + condition(scene, 1, whole[1])
+        tolerance = 64 * bench.eps * size
+        error = largest(norms(unit(whole[k]) - unit(whole[1])))
+        lost = largest(norms(pulls[k] - pulls[1])).item()
+        allowed = about(lost, min(0.5, 1e6 * bench.net_eps))
+        yield Measured(statement, exact(error, tolerance), allowed, **at)
+        if statement == "direction":
+            scales = [theory.scale(k, grid[i], grid[i + 1]) for i in steps]
+            wanted = torch.tensor(scales, dtype=torch.float64).to(whole[k])
+            error = largest(norms(whole[k]) / norms(whole[1]) / wanted - 1)
+            yield Measured("size", exact(error, tolerance), **at)
 
 
-def both(
-    bench: Bench, mean, naive: float, predicted: float, se: float, what: str, formula: str, **where
-) -> Iterator[Row]:
-    """Two rows: the naive value is off (BROKEN), the formula is right (EXACT), to the size of the break."""
-    effect = abs(predicted - naive)
-    yield bench.row(
-        statistic(mean, naive, se, effect, SAMPLES), BROKEN, f"{what} is {naive:g}", **where
-    )
-    yield bench.row(
-        statistic(mean, predicted, se, effect, SAMPLES), EXACT, f"{what} is {formula}", **where
-    )
+SAMPLED = f"{Z:.1f} standard errors of {SAMPLES:,} samples"
 
 
 @claim(
     "E3",
-    "A k-term's ratio is no importance ratio of the policy that sampled: its mean is not 1 and its score not "
-    "centred, by amounts known in closed form, and it varies (c_1/c_k)^2 times as much.",
+    Statement(
+        "ratio",
+        "the k-term's ratio has mean 1",
+        REFUTED,
+        SAMPLED,
+        Clause(DENSITY, "yes in the mean ratio", "no: its ratio is no importance ratio"),
+    ),
+    Statement(
+        "ratio_formula",
+        "its mean is exp(delta.gap/c_k^2 + ..)",
+        HOLDS,
+        SAMPLED,
+    ),
+    Statement("score", "its score is centred", REFUTED, SAMPLED),
+    Statement("score_formula", "its mean score is gap/c_k^2", HOLDS, SAMPLED),
+    Statement("spread", "its log varies (c_1/c_k)^2 as much", HOLDS, SAMPLED),
+    statistical=True,
 )
-def e3(bench):
+def e3(bench: Bench) -> Measurements:
+    """A k-term's ratio is no importance ratio of the policy that sampled: its mean is not 1 and its
+    score not centred, by amounts known in closed form, and it varies (c_1/c_k)^2 times as much.
+    """
+    # One anchor, 100,000 members, and a theta moved along the gap of the means.
     for kernel in bench.kernels:
+        theory = bench.theory(kernel)
         for name in ("gaussian", "network", "rapid"):
             for k in bench.factors:
-                where = dict(kernel=kernel, k=k, rollouts="either", form="paper", fixture=name)
-                scale = scale_of(kernel, k, *POINT)
-                old = one_step(
-                    bench.fixture(name).field,
-                    kernel,
-                    bench.normal(1, 1, fields.DIM, of=("start", name))[0],
-                    *POINT,
-                    (k,),
-                )
-                c_1, c_k = old[1].std.item(), old[k].std.item()
+                at = place(kernel=kernel, k=k, rollouts="either", form="paper", fixture=name)
+                c_1, c_k = theory.std(1, *POINT), theory.std(k, *POINT)
                 u = update(bench, name, kernel, k, 0.3 * c_k**2 / c_1, "paper")
-                yield from both(
-                    bench,
-                    u.ratio,
-                    1.0,
-                    u.expected,
-                    u.se,
-                    "mean ratio",
-                    "exp(delta.gap/c_k^2 + ...)",
-                    **where,
-                )
+                yield from both("ratio", u.ratio, 1.0, u.expected, u.se, at)
+
                 gap = (u.old[1].mean - u.old[k].mean).flatten()
                 score = (u.x_s - u.old[k].mean.flatten()) @ gap / gap.norm() / c_k**2
                 se, size = c_1 / c_k**2 / SAMPLES**0.5, (gap.norm() / c_k**2).item()
-                yield from both(
-                    bench, score.mean(), 0.0, size, se, "mean score", "gap/c_k^2", **where
-                )
-                log_ratio = u.new.log_prob(u.x_s, "sum") - u.old[k].log_prob(u.x_s, "sum")
-                spread = (
-                    log_ratio.std() / (u.delta.norm() / c_1)
-                ).item()  # over the coarse one's for the same delta
-                yield bench.row(
-                    statistic(spread, scale, scale / (2 * SAMPLES) ** 0.5, 0.2 * scale, SAMPLES),
-                    EXACT,
-                    "spread of the log-ratio, over the original's, is (c_1/c_k)^2",
-                    **where,
-                )
+                yield from both("score", score.mean().item(), 0.0, size, se, at)
+
+                ratios = u.new.log_prob(u.x_s, "sum") - u.old[k].log_prob(u.x_s, "sum")
+                coarse = u.delta.norm() / c_1  # the original's spread for the same delta
+                spread, scale = (ratios.std() / coarse).item(), theory.scale(k, *POINT)
+                se = scale / (2 * SAMPLES) ** 0.5
+                yield Measured("spread", statistic(spread, scale, se, 0.2 * scale, SAMPLES), **at)
+
+
+def both(
+    statement: str, mean: float, naive: float, predicted: float, se: float, at: dict[str, Any]
+) -> Measurements:
+    """The naive value is off by as much as the formula says; the formula is right."""
+    effect = abs(predicted - naive)
+    off = statistic(mean, naive, se, effect, SAMPLES)
+    yield Measured(statement, off, near(effect, Z * se), **at)
+    yield Measured(f"{statement}_formula", statistic(mean, predicted, se, effect, SAMPLES), **at)
+
+
+CHAIN = "10 roundings in each of k sub-steps, of numbers below 30"
+GRADIENTS = "10^4 roundings: 36 members, 1/c^2 below 100"
 
 
 @claim(
     "E4",
-    "On straight flows cps decomposes exactly: the same density, gradient and ratio for every theta. flow_sde and "
-    "dance do not, by a known gap; their parameter gradients keep the direction with shared anchors, and in the "
-    "matched form always.",
+    Statement(
+        "density",
+        "on straight flows p^(k) is p^(1)",
+        straight,
+        CHAIN,
+        Clause(DENSITY, "yes on straight flows", ""),
+    ),
+    Statement("ratio", "so is the ratio of an updated theta", straight, CHAIN),
+    Statement("gradient", "d mu^(k) is sum w_j / b_1 of d mu^(1)", HOLDS, CHAIN),
+    Statement("gap", "the means differ by the gap predicted", HOLDS, CHAIN),
+    Statement("direction", "parameter gradients keep direction", HOLDS, GRADIENTS),
+    Statement("independent", "so they do in independent rollouts", straight, GRADIENTS),
 )
-def e4(bench):
+def e4(bench: Bench) -> Measurements:
+    """On straight flows cps decomposes exactly: the same density, gradient and ratio for every
+    theta. flow_sde and dance do not, by a known gap; their parameter gradients keep the direction
+    with shared anchors, and in the matched form always.
+    """
+    # Both straight flows, single steps and whole gradients.
     for kernel in bench.kernels:
         for name in ("constant", "point"):
             for t, s in (POINT, (1.0, 0.8)):
                 yield from straight_step(bench, kernel, name, t, s)
             for mode in MODES:
-                scene = bench.scene(name, kernel, mode)
-                A = bench.normal(
-                    *scene.advantages.shape, of="e4 A"
-                )  # any reward: all samples of a point are equal
-                scene = scene._replace(advantages=A - A.mean(-1, keepdim=True))
-                alone = torch.eye(
-                    len(scene.rollout.sde_steps), dtype=bench.dtype, device=bench.device
-                )[1]
-                coarse = term_gradient(scene, 1, weight=alone)
-                for form in ("paper", "matched"):
-                    for k in bench.factors:
-                        fine = term_gradient(scene, k, form, alone)
-                        error = (fine / fine.norm() - coarse / coarse.norm()).norm()
-                        holds = form == "matched" or mode == "shared_anchor" or kernel == "cps"
-                        yield bench.row(
-                            exact(
-                                error,
-                                1e4 * bench.eps,
-                                "10^4 roundings: 36 members, 1/c^2 below 100",
-                            ),
-                            EXACT if holds else BROKEN,
-                            "direction of the parameter gradient",
-                            kernel,
-                            k,
-                            mode,
-                            form,
-                            name,
-                        )
+                yield from straight_gradient(bench, kernel, name, mode)
 
 
-def straight_step(bench: Bench, kernel: str, name: str, t: float, s: float) -> Iterator[Row]:
-    """One step of a straight flow: means, stds, gradients, ratios, mu^(k) - mu^(1) and sum w_j / b_1 (E4, E5)."""
-    field = bench.fixture(name).field
+def straight_step(bench: Bench, kernel: str, name: str, t: float, s: float) -> Measurements:
+    """One step: p^(k) beside p^(1) at theta_old, and the log-ratio of another theta."""
+    theory, field = bench.theory(kernel), bench.fixture(name).field
     x, u, x_s = (bench.normal(2, fields.DIM, of=("e4", i)) for i in range(3))
     moved = fields.nudged(field, 0.3, bench.generator("e4"))
-    old, new = (one_step(f, kernel, x, t, s, bench.factors) for f in (field, moved))
+    old = one_step(field, kernel, x, t, s, bench.factors)
+    new = one_step(moved, kernel, x, t, s, bench.factors)
     gradient = {k: flat_gradient((u * p.mean).sum(), field) for k, p in old.items()}
-    log_ratio = {k: new[k].log_prob(x_s, "sum") - old[k].log_prob(x_s, "sum") for k in old}
-    x1_hat = x + (1 - t) * field(x, torch.full((2,), t, dtype=x.dtype, device=x.device), None)
+    ratio = {k: new[k].log_prob(x_s, "sum") - old[k].log_prob(x_s, "sum") for k in old}
+
+    # The same by theory, with no sub-step.
+    c = {k: theory.std(k, t, s) for k in old}
+    mean_old = {k: straight_mean(theory, field, x, k, t, s) for k in old}
+    mean_new = {k: straight_mean(theory, moved, x, k, t, s) for k in old}
+    wanted = {k: log_ratio(mean_new[k], mean_old[k], x_s, c[k] ** 2) for k in old}
     for k in bench.factors:
-        where = dict(
-            kernel=kernel, k=k, rollouts="either", form="paper", fixture=f"{name}, t = {t:g}"
-        )
-        gap, c2 = old[k].mean - old[1].mean, {j: old[j].std[0].item() ** 2 for j in (1, k)}
-        allowed = (300 * k * bench.eps, "10 roundings in each of k sub-steps, of numbers below 30")
-        holds = EXACT if kernel == "cps" else BROKEN
-        same = largest(gap, old[k].std - old[1].std, gradient[k] - gradient[1])
-        yield bench.row(
-            exact(same, *allowed), holds, "mean, std and gradient of the k-term", **where
-        )
-        yield bench.row(
-            exact(largest(log_ratio[k] - log_ratio[1]) * c2[k], *allowed),
-            holds,
-            "log-ratio of an updated theta, times c_k^2",
-            **where,
-        )
-        shrink = weight_sum(kernel, k, t, s) / weight_sum(kernel, 1, t, s)
-        yield bench.row(
-            exact(largest(gradient[k] - shrink * gradient[1]), *allowed),
-            EXACT,
-            "gradient of the mean against sum w_j / b_1 times the original's",
-            **where,
-        )
-        if kernel != "cps":
-            wanted = x1_hat / 2 * (c2[1] / t - c2[k] / (s + (t - s) / k))
-            yield bench.row(
-                exact(largest(gap - wanted), *allowed),
-                EXACT,
-                "gap of the means against its formula",
-                **where,
-            )
+        at = place(kernel=kernel, k=k, rollouts="either", form="paper")
+        at["fixture"], tolerance = f"{name}, t = {t:g}", 300 * k * bench.eps
+        weight = theory.weight_sum(k, t, s) / theory.weight_sum(1, t, s)
+        gap, off = mean_old[k] - mean_old[1], old[k].mean - old[1].mean
+
+        error = largest(off, old[k].std - old[1].std, gradient[k] - gradient[1])
+        size = largest(gap, torch.tensor(c[k] - c[1]), (weight - 1) * gradient[1])
+        yield Measured("density", exact(error, tolerance), about(size.item()), **at)
+
+        error = largest(ratio[k] - ratio[1]) * c[k] ** 2  # a difference of states
+        size = largest(wanted[k] - wanted[1]) * c[k] ** 2
+        yield Measured("ratio", exact(error, tolerance), about(size.item()), **at)
+
+        error = largest(gradient[k] - weight * gradient[1])
+        yield Measured("gradient", exact(error, tolerance), **at)
+        yield Measured("gap", exact(largest(off - gap), tolerance), **at)
+
+
+def straight_gradient(bench: Bench, kernel: str, name: str, mode: str) -> Measurements:
+    """The k-term's parameter gradient in one step, under advantages out of the air."""
+    theory, scene, step = bench.theory(kernel), bench.scene(name, kernel, mode), 1
+    A = bench.normal(*scene.advantages.shape, of="e4 A")  # all samples of a point earn the same
+    scene = scene._replace(advantages=A - A.mean(-1, keepdim=True))
+    alone = torch.eye(len(scene.rollout.sde_steps), dtype=bench.dtype, device=bench.device)[step]
+    coarse = term_gradient(scene, 1, weight=alone)
+    for form in ("paper", "matched"):
+        for k in bench.factors:
+            at = place(kernel=kernel, k=k, rollouts=mode, form=form, fixture=name)
+            statement = "independent" if (form, mode) == ("paper", "independent") else "direction"
+            found = exact(turned(term_gradient(scene, k, form, alone), coarse), 1e4 * bench.eps)
+            pulls = [straight_pull(theory, scene, j, step) for j in (1, k)]
+            yield Measured(statement, found, about(turned(*pulls).item()), **at)
+
+
+STEPS = {"middle": POINT, "start": (1.0, 0.8), "end": (0.3, 0.0)}
+SUB_STEPS = "20 roundings in each of k sub-steps"
 
 
 @claim(
     "E5",
-    "Under cps the k velocities carry exactly the weight of the one they replace; under flow_sde and dance less, "
-    "unless the step starts at t = 1 (or, for dance, ends at s = 0).",
+    Statement(
+        "middle",
+        "velocity weights add up, 0.7 to 0.55",
+        conserved(*STEPS["middle"]),
+        SUB_STEPS,
+        Clause(USE, "{}, which keeps every weight", ""),
+    ),
+    Statement("start", "they add up, 1 to 0.8", conserved(*STEPS["start"]), SUB_STEPS),
+    Statement("end", "they add up, 0.3 to 0", conserved(*STEPS["end"]), SUB_STEPS),
+    Statement("formula", "their sum is as predicted", HOLDS, SUB_STEPS),
 )
-def e5(bench):
-    unit = fields.Constant(torch.ones(1, dtype=torch.float64, device=bench.device))
+def e5(bench: Bench) -> Measurements:
+    """Under cps the k velocities carry exactly the weight of the one they replace; under flow_sde
+    and dance less, unless the step starts at t = 1 (or, for dance, ends at s = 0).
+    """
+    # With v = 1 and x_t = 0 the mean is the sum of the weights.
+    one = fields.Constant(torch.ones(1, dtype=torch.float64, device=bench.device))
     zero = torch.zeros(1, 1, dtype=torch.float64, device=bench.device)
     for kernel in bench.kernels:
-        for t, s in (POINT, (1.0, 0.8), (0.3, 0.0)):
+        theory = bench.theory(kernel)
+        for step, (t, s) in STEPS.items():
+            b_1 = theory.weight_sum(1, t, s)
             for k in bench.factors:
-                where = dict(kernel=kernel, k=k, fixture=f"constant, {t:g} to {s:g}")
-                total = one_step(unit, kernel, zero, t, s, (k,))[k].mean.item()
-                allowed = (20 * k * bench.eps, "20 roundings in each of k sub-steps")
-                holds = kernel == "cps" or t == 1 or (kernel == "dance" and s == 0)
-                yield bench.row(
-                    exact(abs(total / weight_sum(kernel, 1, t, s) - 1), *allowed),
-                    EXACT if holds else BROKEN,
-                    f"velocity weights add up to the original's, {t:g} to {s:g}",
-                    **where,
-                )
-                yield bench.row(
-                    exact(abs(total - weight_sum(kernel, k, t, s)), *allowed),
-                    EXACT,
-                    "sum of velocity weights against the formula",
-                    **where,
-                )
+                at = place(kernel=kernel, k=k, fixture=f"constant, {t:g} to {s:g}")
+                tolerance, predicted = 20 * k * bench.eps, theory.weight_sum(k, t, s)
+                total = one_step(one, kernel, zero, t, s, (k,))[k].mean.item()
+                size = abs(predicted / b_1 - 1)
+                yield Measured(step, exact(abs(total / b_1 - 1), tolerance), about(size), **at)
+                yield Measured("formula", exact(abs(total - predicted), tolerance), **at)
+
+
+SLOPE = "slope to 0.1, the same between neighbours"
 
 
 @claim(
     "E6",
-    "Parameter gradients are not the original's, by design: the same push goes through k moments. The gap of the "
-    "means, over c_1, vanishes with the step, as D under cps and as its root under flow_sde and dance.",
-    True,
+    Statement(
+        "parameters",
+        "parameter gradients are parallel",
+        REFUTED,
+        "1000 roundings",
+        Clause(PARAMETERS, "yes", "no, by design: the same push, passed on at other times"),
+    ),
+    Statement(
+        "gap",
+        "the gap of the means over c_1 vanishes",
+        CONVERGES,
+        SLOPE,
+        Clause(PARAMETERS, "the means meet as steps shrink", "the means stay apart"),
+    ),
+    Statement(
+        "bias",
+        "the gap over c_k^2 vanishes too",
+        unbiased,
+        "1 % of x1_hat/(2t), at D = 2^-16",
+        Clause(PARAMETERS, "", "independent rollouts stay biased"),
+    ),
+    Statement("limit", "it tends to the bias predicted", CONVERGES, SLOPE),
+    Statement("gradient", "d mu^(k) tends to its part of d mu^(1)", CONVERGES, SLOPE),
+    on_model=True,
 )
-def e6(bench):
+def e6(bench: Bench) -> Measurements:
+    """Parameter gradients are not the original's, by design: the same push goes through k moments.
+    The gap of the means, over c_1, vanishes with the step, as D under cps and as its root under
+    flow_sde and dance. There the bias of independent rollouts, the gap over c_k^2, stays.
+    """
+    # Whole gradients at theta_old, and single steps as D shrinks.
     if bench.net_eps > bench.eps:
         return  # in half precision rounding alone turns gradients: see the comparison's cosines
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
@@ -451,683 +468,408 @@ def e6(bench):
         for form in ("paper", "matched"):
             for k in bench.factors:
                 away = 1 - cosine(term_gradient(scene, k, form), coarse)
-                yield bench.row(
-                    exact(away, 1e3 * bench.eps, "1000 roundings"),
-                    BROKEN,
-                    "1 - cosine of the parameter gradients",
-                    k=k,
-                    form=form,
-                    **where,
-                )
+                found, size = exact(away, 1e3 * bench.eps), Range(1e-9, 2)
+                yield Measured("parameters", found, size, k=k, form=form, **where)
     for kernel in () if bench.model else bench.kernels:
         for name in ("network", "rapid"):
             for k in bench.factors:
-                yield from small_steps(bench, kernel, name, k)
-
-
-def small_steps(bench: Bench, kernel: str, name: str, k: int) -> Iterator[Row]:
-    """As D = 2^-10 .. 2^-16: |mu^(k) - mu^(1)|/c_1, its limit over c_k^2, and the matched gradient's size (E6)."""
-    field, x, u = (
-        bench.fixture(name).field,
-        *(bench.normal(4, fields.DIM, of=f"e6 {i}") for i in range(2)),
-    )
-    t, c = torch.full((4,), 0.7, dtype=x.dtype, device=x.device), torch.arange(4, device=x.device)
-    x1_hat = pave.predicted_ends(x, field(x, t, c), t).x1_hat
-    steps, gaps, biases, ratios = [2.0**-i for i in (10, 12, 14, 16)], [], [], []
-    limit = (1 + ETA**2 / (2 * k)) / (1 + ETA**2 / 2)
-    for D in steps:
-        p = one_step(field, kernel, x, 0.7, 0.7 - D, (k,))
-        gap = (p[k].mean - p[1].mean).detach()
-        fine, coarse = (flat_gradient((u * p[j].mean).sum(), field) for j in (k, 1))
-        gaps.append((gap.norm() / p[1].std[0]).item())
-        biases.append((gap / p[k].std[0] ** 2 - (k - 1) * x1_hat / 1.4).norm().item())
-        ratios.append(((fine - limit * coarse).norm() / coarse.norm()).item())
-    where = dict(kernel=kernel, k=k, rollouts="either", fixture=name)
-    yield bench.row(
-        order(steps, gaps, 1.0 if kernel == "cps" else 0.5),
-        ORDER,
-        "gap of the means over c_1 vanishes",
-        form="paper",
-        **where,
-    )
-    if kernel != "cps":  # the bias that independent rollouts keep, however small the step
-        yield bench.row(
-            order(steps, biases, 1.0),
-            ORDER,
-            "gap over c_k^2 tends to (k-1) x1_hat/(2t), not to 0",
-            form="paper",
-            **where,
-        )
-    if kernel == "flow_sde":
-        yield bench.row(
-            order(steps, ratios, 1.0),
-            ORDER,
-            "gradient of the mean tends to (1 + eta^2/2k)/(1 + eta^2/2) times the original's",
-            form="matched",
-            **where,
-        )
+                at = place(kernel=kernel, k=k, rollouts="either", form="paper", fixture=name)
+                left = small_steps(bench, kernel, name, k)
+                gap = order(left.D, left.gaps, bench.theory(kernel).gap_order)
+                yield Measured("gap", gap, **at)
+                yield Measured("bias", exact(left.biases[-1], 0.01), near(left.limit, 0.01), **at)
+                yield Measured("limit", order(left.D, left.off_limit, 1.0), **at)
+                at["form"] = "matched"
+                yield Measured("gradient", order(left.D, left.gradients, 1.0), **at)
 
 
 @claim(
     "E7",
-    "The matched form scores a sample under the density that produced it: its attribution is the original's, "
-    "direction and size, in both rollout modes and for any advantages, and with summed log-probabilities its mean "
-    "ratio is 1 for every theta.",
-    True,
+    Statement(
+        "density",
+        "matched: scored as it was sampled",
+        HOLDS,
+        "64 roundings x |x_s|/c, at most 0.05",
+        Clause(USE, "or the matched form", ""),
+    ),
+    Statement(
+        "attribution",
+        "its attribution is the original's",
+        HOLDS,
+        "1000 roundings x |x_s|/c",
+        Clause(ATTRIBUTION, "the matched form keeps all of it", "the matched form loses it"),
+    ),
+    Statement("gradient", "and reaches theta through mu^(k) alone", HOLDS, "10^4 roundings"),
+    Statement("ratio", "mean ratio of an updated theta is 1", HOLDS, SAMPLED),
+    on_model=True,
+    statistical=True,
 )
-def e7(bench):
+def e7(bench: Bench) -> Measurements:
+    """The matched form scores a sample under the density that produced it: its attribution is the
+    original's, direction and size, in both rollout modes and for any advantages, and with summed
+    log-probabilities its mean ratio is 1 for every theta.
+    """
+    # At theta_old N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2) is N(mu^(1), c_1^2), which sampled.
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
-        rollout = scene.rollout
         uncentred = scene._replace(advantages=scene.advantages + 0.5)
-        old = pave.policy_loss(
-            scene.field,
-            rollout,
-            scene.advantages,
-            factors=bench.factors,
-            form="matched",
-            reduction="sum",
-        ).old
-        std = pave.rescore(scene.field, rollout, ())[1].std
-        magnified = max(
-            1.0, (rollout.x_s.abs().flatten(3).amax(-1) / std).max().item()
-        )  # a mean's rounding, over c
-        coarse = attribution(uncentred, 1).flatten(0, 2).flatten(1)
         for k in bench.factors:
-            at = dict(where, k=k, form="matched")
-            error = largest(old.log_probs[k] - rollout.log_prob) / largest(rollout.log_prob)
-            yield bench.row(
-                exact(
-                    error,
-                    min(64 * bench.net_eps * magnified, 0.05),
-                    "64 roundings x |x_s|/c, at most 0.05",
-                ),
-                EXACT,
-                "log-density against the one stored while sampling",
-                **at,
-            )
-            fine = attribution(uncentred, k, "matched").flatten(0, 2).flatten(1)
-            error = largest((fine - coarse).norm(dim=1) / coarse.norm(dim=1))
-            yield bench.row(
-                exact(error, 1e3 * bench.eps * magnified, "1000 roundings x |x_s|/c"),
-                EXACT,
-                "attribution against the original's, advantages not centred",
-                **at,
-            )
-            if where["fixture"] != "embedded":  # it reaches theta through mu^(k) alone
-                mu, d = (
-                    pave.rescore(scene.field, rollout, (k,))[k].mean,
-                    rollout.x_s[0, 0, 0].numel(),
-                )
-                pull = attribution(uncentred, 1).detach() / math.prod(rollout.x_s.shape[:3])
-                wanted, found = (
-                    -flat_gradient((pull * mu).sum(), scene.field),
-                    term_gradient(uncentred, k, "matched") * d,
-                )
-                yield bench.row(
-                    exact(
-                        (found - wanted).norm() / wanted.norm(), 1e4 * bench.eps, "10^4 roundings"
-                    ),
-                    EXACT,
-                    "parameter gradient against that attribution times d mu^(k)/d theta",
-                    **at,
-                )
+            yield from matched_term(bench, uncentred, dict(where, k=k, form="matched"))
     for kernel in () if bench.model else bench.kernels:
         for name in ("network", "rapid"):
             for k in bench.factors:
-                c_1 = one_step(
-                    bench.fixture(name).field,
-                    kernel,
-                    bench.normal(1, fields.DIM, of="e7"),
-                    *POINT,
-                    (),
-                )[1].std
-                u = update(bench, name, kernel, k, 0.5 * c_1.item(), "matched")
-                yield bench.row(
-                    statistic(u.ratio, 1.0, u.se, 0.05, SAMPLES),
-                    EXACT,
-                    "mean ratio of an updated theta is 1",
-                    kernel,
-                    k,
-                    "either",
-                    "matched",
-                    name,
-                )
+                at = place(kernel=kernel, k=k, rollouts="either", form="matched", fixture=name)
+                c_1 = bench.theory(kernel).std(1, *POINT)
+                u = update(bench, name, kernel, k, 0.5 * c_1, "matched")
+                yield Measured("ratio", statistic(u.ratio, 1.0, u.se, 0.05, SAMPLES), **at)
+
+
+def matched_term(bench: Bench, scene: Scene, at: dict[str, Any]) -> Measurements:
+    """The term as policy_loss computes it, beside the density stored while sampling."""
+    field, rollout, A, k = scene.field, scene.rollout, scene.advantages, at["k"]
+    p = pave.rescore(field, rollout, (k,))
+    apart = rollout.x_s - p[1].mean
+    c_1 = pave.per_row(p[1].std, apart)
+    magnified = max(1.0, (rollout.x_s.abs() / c_1).max().item())  # the rounding of a mean, over c
+
+    old = pave.policy_loss(field, rollout, A, factors=(k,), form="matched", reduction="sum").old
+    error = largest(old.log_probs[k] - rollout.log_prob) / largest(rollout.log_prob)
+    tolerance = min(64 * bench.net_eps * magnified, 0.05)
+    yield Measured("density", exact(error, tolerance), **at)
+
+    fine = attribution(scene, k, "matched").flatten(0, 2).flatten(1)
+    coarse = attribution(scene, 1).flatten(0, 2).flatten(1)
+    error = largest((fine - coarse).norm(dim=1) / coarse.norm(dim=1))
+    yield Measured("attribution", exact(error, 1e3 * bench.eps * magnified), **at)
+
+    if at["fixture"] != "embedded":
+        # The credit that the sampled step's density gives its mean, passed on through mu^(k).
+        credit = pave.per_row(A.expand(apart.shape[:3]), apart) * apart / c_1**2
+        passed_on = (credit.detach() * p[k].mean).flatten(3).mean(3).mean()
+        wanted, found = -flat_gradient(passed_on, field), term_gradient(scene, k, "matched")
+        error = (found - wanted).norm() / wanted.norm()
+        yield Measured("gradient", exact(error, 1e4 * bench.eps), **at)
+
+
+LITERAL = "10^4 roundings of numbers of order 1"
 
 
 @claim(
     "E8",
-    "Sub-steps that share one velocity in equal shares of mean and variance multiply to the original step, path "
-    "by path: the one literal sense of an ensemble of finer trajectories. Unequal shares break it, and so does a "
-    "network evaluated anew in each sub-step.",
+    Statement("equal", "finer steps of one velocity: same step", HOLDS, LITERAL),
+    Statement("unequal", "also in unequal shares", REFUTED, LITERAL),
+    Statement("anew", "also of a velocity evaluated anew", REFUTED, LITERAL),
+    Statement("clipped", "also if every sub-ratio is clipped", REFUTED, LITERAL),
 )
-def e8(bench):
+def e8(bench: Bench) -> Measurements:
+    """Sub-steps that share one velocity in equal shares of mean and variance multiply to the
+    original step, path by path: the one literal sense of an ensemble of finer trajectories. Unequal
+    shares break it, and so does a network evaluated anew in each sub-step.
+    """
+    # Score and ratio of the product of sub-steps, along states out of the air.
     field = bench.fixture("network").field
     other = fields.nudged(field, 0.3, bench.generator("e8"))
-    x = bench.normal(3, fields.DIM, of="e8")
-    t, s = (torch.full((3,), u, dtype=x.dtype, device=x.device) for u in POINT)
-    c = torch.arange(3, device=x.device)
+    x, tolerance = bench.normal(3, fields.DIM, of="e8"), 1e4 * bench.eps
     for kernel in bench.kernels:
-        process = pave.Process(POINT, kernel, ETA)
-        step = lambda f, z, u, process=process: process.transition(x, f(z, u, c), t, s)
+        process = pave.Process(torch.tensor(POINT, dtype=torch.float64), kernel, ETA)
         for k in bench.factors:
-            path = [
-                x,
-                *(x + bench.normal(3, fields.DIM, of=("e8", k, j)) / 2 for j in range(k)),
-            ]  # any path will do
-            even = (
-                torch.rand(k, generator=bench.generator("e8 shares", k), dtype=torch.float64).to(x)
-                + 0.1
-            )
-            even, uneven = (
-                even / even.sum(),
-                torch.linspace(1, 2, k, dtype=x.dtype, device=x.device),
-            )
-
-            def sub_steps(f, of_mean, anew=False, path=path, v=even, step=step, k=k):
-                """Log-densities [k, B] of the path's steps, with shares of_mean and v of the whole shift, variance."""
-                whole = [
-                    step(f, z, t - j * (t - s) / k) if anew else step(f, x, t)
-                    for j, z in enumerate(path[:-1])
-                ]
-                return torch.stack(
-                    [
-                        pave.Transition(a + m * (p.mean - x), p.std * w.sqrt()).log_prob(b, "sum")
-                        for (a, b), p, m, w in zip(pairwise(path), whole, of_mean, v, strict=True)
-                    ]
-                )
-
-            log_p = {f: step(f, x, t).log_prob(path[-1], "sum") for f in (field, other)}
-            ratio, allowed = (
-                log_p[other] - log_p[field],
-                (1e4 * bench.eps, "10^4 roundings of numbers of order 1"),
-            )
-            where = dict(kernel=kernel, k=k, rollouts="either", fixture="network")
-            for what, arguments, registered in (
-                ("equal shares", (even,), EXACT),
-                ("unequal shares", (uneven / uneven.sum(),), BROKEN),
-                ("equal shares, network evaluated anew", (even, True), BROKEN),
-            ):
-                fine = {f: sub_steps(f, *arguments) for f in (field, other)}
-                a, b = (flat_gradient(z.sum(), field) for z in (fine[field], log_p[field]))
-                error = largest((a - b) / b.norm(), (fine[other] - fine[field]).sum(0) - ratio)
-                yield bench.row(
-                    exact(error, *allowed),
-                    registered,
-                    f"score and ratio of the product, {what}",
-                    **where,
-                )
-            fine = sub_steps(other, even) - sub_steps(field, even)
-            clipped = fine.exp().clamp(0.9, 1.1).prod(0) - ratio.exp().clamp(0.9, 1.1)
-            yield bench.row(
-                exact(largest(clipped), *allowed), BROKEN, "product of clipped sub-ratios", **where
-            )
+            at = place(kernel=kernel, k=k, rollouts="either", fixture="network")
+            states = [x, *(x + bench.normal(3, fields.DIM, of=("e8", k, j)) / 2 for j in range(k))]
+            chain = Chain(states, *POINT, process)
+            random = torch.rand(k, generator=bench.generator("e8 shares", k), dtype=torch.float64)
+            even, uneven = random.to(x) + 0.1, torch.linspace(1, 2, k, dtype=x.dtype).to(x)
+            even, uneven = even / even.sum(), uneven / uneven.sum()
+            ways = {
+                "equal": product(chain, field, other, (even, even), anew=False),
+                "unequal": product(chain, field, other, (uneven, even), anew=False),
+                "anew": product(chain, field, other, (even, even), anew=True),
+            }
+            for way, found in ways.items():
+                size = about(found.predicted.item())
+                yield Measured(way, exact(found.error, tolerance), size, **at)
+            clipped, size = ways["equal"].clipped, about(ways["equal"].clipped_predicted.item())
+            yield Measured("clipped", exact(clipped, tolerance), size, **at)
 
 
 @claim(
     "E9",
-    "At theta_old no clip range changes anything; after an update each term is clipped by itself, by PPO's rule.",
-    True,
+    Statement("before", "no clip range acts at theta_old", HOLDS, "bitwise on a CPU"),
+    Statement("after", "then each term is clipped by itself", HOLDS, "1000 roundings"),
+    on_model=True,
 )
-def e9(bench):
+def e9(bench: Bench) -> Measurements:
+    """At theta_old no clip range changes anything; after an update each term is clipped by itself,
+    by PPO's rule.
+    """
+    # Gradients with and without a clip, then the loss of another theta written out.
+    tolerance = 0.0 if bench.device.type == "cpu" else 1e3 * bench.eps  # a GPU sums in any order
     for scene, where in bench.scenes("network", "embedded"):
-        field, A, clip = scene.field, scene.advantages, 0.01
         loss = functools.partial(
-            pave.policy_loss, rollout=scene.rollout, advantages=A, factors=bench.factors
+            pave.policy_loss,
+            rollout=scene.rollout,
+            advantages=scene.advantages,
+            factors=bench.factors,
         )
-        free, tight = (
-            flat_gradient(loss(field, clip=range_).loss, field) for range_ in (None, 1e-9)
-        )
-        allowed = (
-            (0.0, "bitwise")
-            if bench.device.type == "cpu"
-            else (1e3 * bench.eps, "sums in any order")
-        )
-        yield bench.row(
-            exact((free - tight).norm() / free.norm(), *allowed),
-            EXACT,
-            "gradient at theta_old, clipped against free",
-            form="paper",
-            **where,
-        )
-        if bench.model or where["fixture"] == "embedded":
-            continue
-        other = fields.nudged(field, 0.05, bench.generator("e9"))
-        old = loss(field).old
-        result = loss(other, clip=clip, old=old)
-        wanted = 0.0
-        for k, p in pave.rescore(other, scene.rollout, bench.factors).items():
-            ratio = (p.log_prob(scene.rollout.x_s) - old.log_probs[k]).exp()
-            term = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
-            wanted = wanted - term * (1 if k == 1 else 1 / len(bench.factors))
-        a, b = (flat_gradient(z, other) for z in (result.loss, wanted))
-        cut = min(term.clip_fraction for term in result.terms.values())
-        error = largest((a - b) / b.norm(), result.loss - wanted) if cut > 0 else math.nan
-        yield bench.row(
-            exact(error, 1e3 * bench.eps, "1000 roundings; every term is clipped"),
-            EXACT,
-            "loss and gradient after an update against PPO's, term by term",
-            form="paper",
-            **where,
-        )
+        free = flat_gradient(loss(scene.field, clip=None).loss, scene.field)
+        tight = flat_gradient(loss(scene.field, clip=1e-9).loss, scene.field)
+        error = exact((free - tight).norm() / free.norm(), tolerance)
+        yield Measured("before", error, form="paper", **where)
+        if not bench.model and where["fixture"] != "embedded":
+            yield from clipped_terms(bench, scene, where)
+
+
+def clipped_terms(bench: Bench, scene: Scene, where: dict[str, Any]) -> Measurements:
+    """policy_loss after an update, beside PPO's rule written for each term; every term is cut."""
+    clip, A, S = 0.01, scene.advantages, bench.factors
+    other = fields.nudged(scene.field, 0.05, bench.generator("e9"))
+    old = pave.policy_loss(scene.field, scene.rollout, A, factors=S).old
+    result = pave.policy_loss(other, scene.rollout, A, factors=S, clip=clip, old=old)
+    wanted = torch.zeros_like(result.loss)
+    for k, p in pave.rescore(other, scene.rollout, S).items():
+        ratio = (p.log_prob(scene.rollout.x_s) - old.log_probs[k]).exp()
+        term = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
+        wanted = wanted - term * (1 if k == 1 else 1 / len(S))
+    a, b = flat_gradient(result.loss, other), flat_gradient(wanted, other)
+    error = largest((a - b) / b.norm(), result.loss - wanted)
+    acts = min(term.clip_fraction for term in result.terms.values()) > 0
+    found = exact(error if acts else float("nan"), 1e3 * bench.eps)
+    yield Measured("after", found, form="paper", **where)
 
 
 @claim(
     "E10",
-    "Averaging log-probabilities over d dimensions divides gradients by d, and so keeps their direction at "
-    "theta_old, and takes the d-th root of every ratio: the mean ratio of the original and of matched terms falls "
-    "below 1, to exp(-KL/d + KL/d^2).",
+    Statement("gradient", "averaged log p: gradients are over d", HOLDS, "1000 roundings"),
+    Statement("ratio", "averaged log p: the mean ratio is 1", REFUTED, SAMPLED),
+    Statement("ratio_formula", "it is exp(-KL/d + KL/d^2)", HOLDS, SAMPLED),
+    statistical=True,
 )
-def e10(bench):
+def e10(bench: Bench) -> Measurements:
+    """Averaging log-probabilities over d dimensions divides gradients by d, and so keeps their
+    direction at theta_old, and takes the d-th root of every ratio: the mean ratio of the original
+    and of matched terms falls below 1, to exp(-KL/d + KL/d^2).
+    """
+    # Both reductions of one loss, and the ratio of an updated theta.
     d = fields.DIM
     for kernel in bench.kernels:
         scene = bench.scene("network", kernel, "independent")
-        gradient = {
-            r: flat_gradient(
-                pave.policy_loss(
-                    scene.field, scene.rollout, scene.advantages, factors=bench.factors, reduction=r
-                ).loss,
+        at = place(kernel=kernel, fixture="network")
+        gradient = {}
+        for reduction in ("mean", "sum"):
+            loss = pave.policy_loss(
                 scene.field,
-            )
-            for r in ("mean", "sum")
-        }
+                scene.rollout,
+                scene.advantages,
+                factors=bench.factors,
+                reduction=reduction,
+            ).loss
+            gradient[reduction] = flat_gradient(loss, scene.field)
         error = (d * gradient["mean"] - gradient["sum"]).norm() / gradient["sum"].norm()
-        yield bench.row(
-            exact(error, 1e3 * bench.eps, "1000 roundings"),
-            EXACT,
-            "d times the averaged gradient",
-            kernel,
-            None,
-            "independent",
-            "paper",
-            "network",
-        )
+        found = exact(error, 1e3 * bench.eps)
+        yield Measured("gradient", found, rollouts="independent", form="paper", **at)
+        at["rollouts"], c_1 = "either", bench.theory(kernel).std(1, *POINT)
         for k in (1, *bench.factors):
-            where = dict(
-                kernel=kernel,
-                k=k,
-                rollouts="either",
-                form="matched" if k > 1 else "",
-                fixture="network",
-            )
-            c_1 = (
-                pave.Process(POINT, kernel, ETA)
-                .coefficients(*torch.tensor(POINT, dtype=torch.float64))
-                .std.item()
-            )
+            at |= {"k": k, "form": "matched" if k > 1 else ""}
             u = update(bench, "network", kernel, k, c_1, "matched", "mean")
             KL = (u.delta @ u.delta).item() / c_1**2 / 2
-            yield from both(
-                bench,
-                u.ratio,
-                1.0,
-                math.exp(-KL / d + KL / d**2),
-                u.se,
-                "mean of the averaged ratio",
-                "exp(-KL/d + KL/d^2)",
-                **where,
-            )
+            yield from both("ratio", u.ratio, 1.0, math.exp(-KL / d + KL / d**2), u.se, at)
 
 
 @claim(
     "E11",
-    "A flow_sde or dance step from the exact marginal misses the next one, and the samplers reach the data law as "
-    "steps shrink; a cps step is exact for data at a point, and cps does not reach spread data at all.",
+    Statement(
+        "step", "a step keeps a point's exact marginal", lands, "32 roundings, numbers below 2"
+    ),
+    Statement("formula", "its variance is as predicted", HOLDS, "32 roundings, numbers below 2"),
+    Statement("data", "samples have the data's variance", reaches, "1 % of it, at 8192 steps"),
+    Statement("limit", "it tends to the variance predicted", CONVERGES, SLOPE),
 )
-def e11(bench):
+def e11(bench: Bench) -> Measurements:
+    """A flow_sde or dance step from the exact marginal misses the next one, and the samplers reach
+    the data law as steps shrink; a cps step is exact for data at a point, and cps does not reach
+    spread data at all.
+    """
+    # Variances propagated through the coefficients alone: no sample.
+    tolerance = 32 * torch.finfo(torch.float64).eps
     for kernel in bench.kernels:
+        theory = bench.theory(kernel)
         for t, s in (POINT, (1.0, 0.8)):
-            ends = torch.tensor((t, s), dtype=torch.float64)
-            a, b, std = (z.item() for z in pave.Process(ends, kernel, ETA).coefficients(*ends))
-            var, D = (
-                (a * t + b) ** 2 + std**2,
-                t - s,
-            )  # data at the origin: x_t ~ N(0, t^2), v = x/t
-            g2 = std**2 / D
-            wanted = s**2 if kernel == "cps" else s**2 + g2 * D**2 / t + g2**2 * D**2 / (4 * t**2)
-            where = dict(kernel=kernel, fixture=f"point, {t:g} to {s:g}")
-            allowed = (32 * torch.finfo(torch.float64).eps, "32 roundings of numbers below 2")
-            yield bench.row(
-                exact(abs(var - s**2), *allowed),
-                EXACT if kernel == "cps" else BROKEN,
-                "variance after one step is the marginal's",
-                **where,
-            )
-            yield bench.row(
-                exact(abs(var - wanted), *allowed),
-                EXACT,
-                "variance after one step against the formula",
-                **where,
-            )
-        q, t_0, sizes, found = 0.5, 0.9, (1024, 2048, 4096, 8192), []
-        for T in sizes:
-            process = pave.Process(t_0 * pave.schedule(T), kernel, ETA)
-            t = process.grid[:-1]
-            a, b, std = process.coefficients(t, process.grid[1:])
-            gain = a + b * (t - (1 - t) * q) / (
-                (1 - t) ** 2 * q + t**2
-            )  # m = 0: v is this slope times x
-            var = (1 - t_0) ** 2 * q + t_0**2
-            for g2, c2 in zip(gain.square().tolist(), std.square().tolist(), strict=True):
-                var = g2 * var + c2
-            found.append(var)
-        h, where = [1 / T for T in sizes], dict(kernel=kernel, fixture=f"gaussian, from t = {t_0}")
-        limit = q * (1 + math.cos(ETA * math.pi / 2)) / 2 if kernel == "cps" else q
-        off = [abs(var - limit) for var in found]
-        if kernel == "cps":
-            yield bench.row(
-                exact(abs(found[-1] - q), 0.01 * q, "1 % of q, at T = 8192"),
-                BROKEN,
-                "variance of samples is the data's",
-                **where,
-            )
-            # 2/3 is what is observed; THEORY.md states the limit and no rate.
-            yield bench.row(
-                order(h, off, 2 / 3), ORDER, "variance of samples tends to q (1 + cos h)/2", **where
-            )
-        else:
-            yield bench.row(
-                order(h, off, 1.0), ORDER, "variance of samples tends to the data's", **where
-            )
+            at = place(kernel=kernel, fixture=f"point, {t:g} to {s:g}")
+            var = variance(kernel, (t, s), 0.0, t**2)
+            wanted = theory.variance_after(t, s)
+            size = abs(wanted - s**2)
+            yield Measured("step", exact(abs(var - s**2), tolerance), about(size), **at)
+            yield Measured("formula", exact(abs(var - wanted), tolerance), **at)
+
+        q, t_0, sizes = 0.5, 0.9, (1024, 2048, 4096, 8192)
+        at, limit = (
+            place(kernel=kernel, fixture=f"gaussian, from t = {t_0}"),
+            theory.limit_variance(q),
+        )
+        start = (1 - t_0) ** 2 * q + t_0**2
+        found = [variance(kernel, t_0 * pave.schedule(T), q, start) for T in sizes]
+        error, size = abs(found[-1] - q) / q, abs(limit - q) / q
+        yield Measured("data", exact(error, 0.01), near(size, 0.01), **at)
+        errors = [abs(var - limit) for var in found]
+        yield Measured("limit", order([1 / T for T in sizes], errors, theory.law_order), **at)
 
 
-# ---- Truth that does not come from this code -----------------------------------------------------------------
+# ---- Truth that does not come from this code -----------------------------------------------------
+
+GROUPED = f"{Z:.1f} standard errors of {GROUPS:,} groups of {MEMBERS}"
 
 
 @claim(
     "TRUTH",
-    "On a Gaussian flow the policy gradient is known without sampling. The original estimator has it as its mean; "
-    "the k-terms do not, neither as printed, nor with their scale divided out, nor matched.",
+    Statement("original", "k = 1 is the true policy gradient", HOLDS, GROUPED),
+    Statement(
+        "paper",
+        "so is the k-term as printed",
+        REFUTED,
+        GROUPED,
+        Clause(PARAMETERS, "unbiased", "biased against the true policy gradient"),
+    ),
+    Statement("rescaled", "so is it over (c_1/c_k)^2", REFUTED, GROUPED),
+    Statement("matched", "so is it matched", REFUTED, GROUPED),
+    Statement("bias", "all three are off by what is predicted", HOLDS, GROUPED),
+    Statement("held", "ODE steps add nothing to the truth", REFUTED, "closed form on both sides"),
+    statistical=True,
 )
-def truth(bench):
+def truth(bench: Bench) -> Measurements:
+    """On a Gaussian flow the policy gradient is known without sampling. The original estimator has
+    it as its mean; the k-terms do not, neither as printed, nor with their scale divided out, nor
+    matched, and what they have as their mean is known too.
+    """
+    # Two dimensions, four steps; a row of parameters for each group, whose gradient is its own.
     m, log_q, target = (
         torch.tensor(z, dtype=torch.float64, device=bench.device)
         for z in ([0.5, -0.3], [-0.7, 0.2], [1.0, 0.4])
     )
-    P, G, d = GROUPS, MEMBERS, 2
     for kernel in bench.kernels:
+        at = place(kernel=kernel, rollouts="independent", fixture="gaussian")
         process = pave.Process(pave.schedule(4), kernel, ETA)
         steps = process.stochastic_steps()
-        held = [
-            i for i in range(4) if i not in steps
-        ]  # theta acts there too, but no log-probability credits it
+        held = [i for i in range(4) if i not in steps]  # no log-probability credits theta there
         wanted = fields.policy_gradient(process, m, log_q, target, steps, held)
-        # A row of parameters for each group: the gradient with respect to it is that group's own estimate.
-        field = fields.Gaussian(m.repeat(P, 1), log_q.repeat(P, 1))
-        noise = pave.Noise(
-            bench.normal(P, G, d, of=("truth", kernel)),
-            bench.normal(P, len(steps), G, d, of=("truth steps", kernel)),
-        )
-        rollout = pave.rollout_independent(field, process, noise, steps)
-        r = -(rollout.x_0 - target).square().sum(-1)
-        for k in (1, *bench.factors):
-            scales = [scale_of(kernel, k, *process.grid[i : i + 2].tolist()) for i in steps]
-            scales = torch.tensor(scales, dtype=torch.float64).to(m)
-            ways = (
-                (("", 1.0),)
-                if k == 1
-                else (("paper", 1.0), ("rescaled", 1 / scales), ("matched", 1.0))
-            )
-            for form, weight in ways:
-                loss = pave.policy_loss(
-                    field,
-                    rollout,
-                    r - r.mean(-1, keepdim=True),
-                    clip=None,
-                    reduction="sum",
-                    form="matched" if form == "matched" else "paper",
-                    **only(k, weight),
-                ).loss
-                # Back from the mean over groups and steps; centring by the group's own mean costs 1 - 1/G.
-                draws = (
-                    -torch.cat(torch.autograd.grad(loss, [field.m, field.log_q]), 1)
-                    * P
-                    * len(steps)
-                    / (1 - 1 / G)
-                )
-                mean = draws.mean(0)
-                bench.estimates.append(
-                    (
-                        kernel,
-                        k,
-                        form or "original",
-                        mean.tolist(),
-                        wanted.tolist(),
-                        cosine(mean, wanted),
-                        (mean.norm() / wanted.norm()).item(),
-                    )
-                )
-                yield bench.row(
-                    joint(draws, wanted, 0.5),
-                    EXACT if k == 1 else BROKEN,
-                    "policy gradient is the true one",
-                    kernel,
-                    k,
-                    "independent",
-                    form,
-                    "gaussian",
-                )
+        for k, form, draws in group_estimates(bench, process, m, log_q, target):
+            expected = fields.expected_estimate(process, m, log_q, target, steps, k, form)
+            found = joint(draws, wanted, 0.5)
+            off = ((expected - wanted).norm() / wanted.norm()).item()
+            sums = {"estimate": draws.mean(0).tolist(), "truth": wanted.tolist()}
+            # A vector of 4 is refuted beyond 6.8 standard errors where a number is beyond 6.
+            size = near(off, 1.2 * found.tolerance)
+            yield Measured(form, found, size, k=k, form=form, **sums, **at)
+            if k > 1:
+                yield Measured("bias", joint(draws, expected, 0.5), k=k, form=form, **at)
         if held:
             whole = fields.policy_gradient(process, m, log_q, target, steps)
-            yield bench.row(
-                exact((wanted - whole).norm() / whole.norm(), 1e-12, "closed form on both sides"),
-                BROKEN,
-                "truth without the deterministic steps is the whole truth",
-                kernel,
-                1,
-                "independent",
-                "",
-                "gaussian",
-            )
+            error = (wanted - whole).norm() / whole.norm()
+            in_held = fields.policy_gradient(process, m, log_q, target, steps, steps)
+            size = about((in_held.norm() / whole.norm()).item())
+            yield Measured("held", exact(error, 1e-12), size, k=1, **at)
 
 
 @claim(
     "MARGINAL",
-    "Samples of both rollout modes have the law that propagating mean and variance predicts.",
+    Statement("mean", "samples' mean is the predicted", HOLDS, f"{Z:.1f} standard errors"),
+    Statement("variance", "their variance is, too", HOLDS, f"{Z:.1f} standard errors"),
+    statistical=True,
 )
-def marginal(bench):
+def marginal(bench: Bench) -> Measurements:
+    """Samples of both rollout modes have the law that propagating mean and variance predicts."""
+    # One dimension, six steps; with shared anchors one of them is stochastic.
     n = SAMPLES // 2
     m, q = (torch.tensor([z], dtype=torch.float64, device=bench.device) for z in (0.7, 0.4))
     field = fields.Gaussian(m, q.log())
     for kernel in bench.kernels:
         process = pave.Process(pave.schedule(6, 1.5), kernel, ETA)
         for mode in MODES:
-            steps = process.stochastic_steps() if mode == "independent" else (2,)
-            noise = pave.Noise(
-                bench.normal(n, 1, 1, of=("marginal", kernel, mode)),
-                bench.normal(n, len(steps), 1, 1, of=("marginal steps", kernel, mode)),
-            )
-            sample = (
-                pave.rollout_independent if mode == "independent" else pave.rollout_shared_anchor
-            )
-            x = sample(field, process, noise, steps).x_0.flatten()
-            mean, var = (
-                z.item() for z in fields.gaussian_law(process, m, q, 0 * m, 1 + 0 * m, steps)
-            )
-            where = dict(kernel=kernel, rollouts=mode, fixture="gaussian")
-            yield bench.row(
-                statistic(x.mean(), mean, (var / n) ** 0.5, 0.1, n),
-                EXACT,
-                "mean of the samples",
-                **where,
-            )
-            yield bench.row(
-                statistic(x.var(), var, var * (2 / n) ** 0.5, 0.2 * var, n),
-                EXACT,
-                "variance of the samples",
-                **where,
-            )
+            own = mode == "independent"
+            steps = process.stochastic_steps() if own else (2,)
+            x_1 = bench.normal(n, 1, 1, of=("marginal", kernel, mode))
+            z = bench.normal(n, len(steps), 1, 1, of=("marginal steps", kernel, mode))
+            sample = pave.rollout_independent if own else pave.rollout_shared_anchor
+            x = sample(field, process, pave.Noise(x_1, z), steps).x_0.flatten()
+            law = fields.gaussian_law(process, m, q, 0 * m, 1 + 0 * m, steps)
+            mean, var = law[0].item(), law[1].item()
+            at = place(kernel=kernel, rollouts=mode, fixture="gaussian")
+            found = statistic(x.mean(), mean, (var / n) ** 0.5, 0.1, n)
+            yield Measured("mean", found, **at)
+            found = statistic(x.var(), var, var * (2 / n) ** 0.5, 0.2 * var, n)
+            yield Measured("variance", found, **at)
 
 
 @claim(
     "GRADIENT",
-    "Reverse mode, forward mode and central differences give one gradient of the whole loss, KL included.",
+    Statement(
+        "forward", "forward and reverse mode agree", HOLDS, "10^5 roundings: 180 log-densities"
+    ),
+    Statement("central", "central differences agree", HOLDS, "five points: h^4 f'''''/30, eps f/h"),
 )
-def gradient_check(bench):
+def gradient_check(bench: Bench) -> Measurements:
+    """Reverse mode, forward mode and central differences give one gradient of the whole loss, KL
+    included.
+    """
+    # The derivative along one direction of a theta near theta_old, in three ways.
     for scene, where in bench.scenes("network"):
         for form in ("paper", "matched"):
-            names, old_params = zip(*scene.field.named_parameters(), strict=True)
-            options = dict(factors=bench.factors, form=form, clip=None, reduction="sum")
-            old = pave.policy_loss(scene.field, scene.rollout, scene.advantages, **options).old
-            tangent = [bench.normal(*p.shape, of=("tangent", i)) for i, p in enumerate(old_params)]
-            params = [
-                (p + 0.01 * v.flip(0)).detach().requires_grad_()
-                for p, v in zip(old_params, tangent, strict=True)
-            ]
-
-            def loss(values, names=names, scene=scene, options=options, old=old):
-                velocity = lambda *x: functional_call(
-                    scene.field, dict(zip(names, values, strict=True)), x
-                )
-                return pave.policy_loss(
-                    velocity,
-                    scene.rollout,
-                    scene.advantages,
-                    old=old,
-                    kl=0.1,
-                    reference=scene.field,
-                    **options,
-                ).loss
-
-            along = lambda h, z=params, v=tangent: [
-                a.detach() + h * b for a, b in zip(z, v, strict=True)
-            ]
-            reverse = sum(
-                (g * v).sum()
-                for g, v in zip(torch.autograd.grad(loss(params), params), tangent, strict=True)
-            )
-            with forward_ad.dual_level():
-                dual = [
-                    forward_ad.make_dual(p.detach(), v)
-                    for p, v in zip(params, tangent, strict=True)
-                ]
-                forward = forward_ad.unpack_dual(loss(dual)).tangent
-            h, f = 2e-5, lambda h, loss=loss, along=along: loss(along(h)).item()
-            central = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+            reverse, forward, central = derivatives(bench, scene, form)
             size, at = reverse.abs().clamp(min=1), dict(where, form=form)
-            yield bench.row(
-                exact(
-                    (forward - reverse).abs() / size,
-                    1e5 * bench.eps,
-                    "10^5 roundings: 180 log-densities",
-                ),
-                EXACT,
-                "forward mode against reverse mode",
-                **at,
+            yield Measured(
+                "forward", exact((forward - reverse).abs() / size, 1e5 * bench.eps), **at
             )
-            yield bench.row(
-                exact(
-                    (central - reverse).abs() / size,
-                    1e-6,
-                    "five points: h^4 f'''''/30, and eps f/h",
-                ),
-                EXACT,
-                "central differences against reverse mode",
-                **at,
-            )
+            yield Measured("central", exact((central - reverse).abs() / size, 1e-6), **at)
 
 
-# ---- The report ----------------------------------------------------------------------------------------------
+# ---- The program ---------------------------------------------------------------------------------
 
 
-def run_claims(bench: Bench, names: Sequence[str]) -> list[Row]:
-    """All rows of the named claims. Seconds are those since the row before."""
-    rows, bench.estimates = [], []
-    for name in tqdm(names, "claims", leave=False, file=sys.stderr):
-        began = time.perf_counter()
-        for row in CLAIMS[name].test(bench):
-            now = time.perf_counter()
-            rows.append(replace(row, claim=name, seconds=round(now - began, 4)))
-            began = now
-    return rows
-
-
-def vary_seed(bench: Bench, names: Sequence[str], times: int) -> int:
-    """Repeat the statistical rows with fresh seeds; print the failure rate; the worst status."""
+def vary_seed(bench: Bench, names: list[str], times: int) -> int:
+    """Repeat the statistical rows with fresh seeds; print the failure rate. Returns the status."""
     rows = []
+    statistical = [name for name in names if CLAIMS[name].statistical]
     for i in tqdm(range(times), "seeds", file=sys.stderr):
         fresh = Bench(bench.kernels, bench.factors, bench.seed + 1 + i, str(bench.device))
-        rows += [
-            row
-            for row in run_claims(fresh, [n for n in names if n in DRAWN])
-            if is_statistical(row)
-        ]
-    wrong, unclear = (
-        sum(
-            row.verdict != row.registered and (row.verdict == UNCLEAR) == is_unclear for row in rows
-        )
-        for is_unclear in (False, True)
-    )
-    print(
-        f"{wrong} of {len(rows)} statistical verdicts were wrong and {unclear} inconclusive, over {times} seeds; the "
-        f"registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict"
-    )
+        rows += [row for row in CLAIMS.run(fresh, statistical) if row.z is not None]
+    print(report.failure_rate(rows, times))
     return status_of(rows)
-
-
-# ---- The program ---------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     """Judge, write, check, or report: what the command line says. Returns the exit status."""
-    o = parse(argv, CLAIMS, __doc__)
+    o = options.parse(argv, CLAIMS, __doc__)
     if o.against:
         return judging.main(o.against, o.seed)
     if o.vectors or o.check_vectors:
         return vectors.main(o.vectors, o.check_vectors)
-    size = tuple(o.size or (512, 512)) if o.model and is_pipeline(o.model) else None
-    model = (
-        Model(
-            "" if o.model == "embedded" else o.model,
-            tuple(o.prompt or fields.PROMPTS),
-            getattr(torch, o.dtype or "float32"),
-            size,
-        )
-        if o.model
-        else None
-    )
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in train.py
-    bench = Bench(
-        o.kernels or KERNELS, sorted(o.factors or (2, 3, 5)), o.seed or 0, o.device or "cpu", model
-    )
     try:
-        bench.fixture("embedded" if model else "network")
+        bench = options.bench_of(o)
     except ValueError as problem:
         print(f"verify_equivalence.py: error: {problem}", file=sys.stderr)
         return 2
-    names = o.claims or [name for name in CLAIMS if CLAIMS[name].on_model or not model]
+    names = o.claims or [name for name in CLAIMS if CLAIMS[name].on_model or not bench.model]
     if o.vary_seed:
         return vary_seed(bench, names, o.vary_seed)
-    rows = run_claims(bench, names)
-    print(summarise(rows, CLAIMS))
-    if bench.estimates:
-        print(f"\n{show_estimates(bench.estimates)}")
-    table = (
-        [row for kernel in bench.kernels for row in compare(bench, kernel)]
-        if o.plots or not o.claims
-        else []
-    )
-    if table:
-        reference = "" if bench.precise() is None else "float32" if model.size else "float64"
-        print(f"\n{show_comparison(table, reference)}")
+
+    began = time.perf_counter()
+    rows = CLAIMS.run(bench, names)
+    seconds = time.perf_counter() - began
+    print(report.front_page(rows, CLAIMS, bench, seconds))
+    if o.rows:
+        print(f"\n{report.every_row(rows, CLAIMS)}")
+    if o.rows or o.compare:
+        print(f"\n{report.show_estimates(rows)}")
+    table = []
+    if o.compare or o.plots or (o.json and not o.claims):
+        table = [line for kernel in bench.kernels for line in compare(bench, kernel)]
+    if o.compare:
+        print(f"\n{show_comparison(table, bench)}")
     if o.plots:
-        print("\nlook at " + ", ".join(map(str, draw_figures(bench, table, Path(o.plots)))))
+        pictures = draw_figures(bench, table, Path(o.plots))
+        print(f"\nlook at {', '.join(map(str, pictures))}")
     if o.json:
-        report = {
-            "schema": SCHEMA,
-            "environment": environment(bench),
-            "status": status_of(rows),
-            "false_alarm": FALSE_ALARM,
-            "conclusion": conclusion(rows),
-            "claims": {name: CLAIMS[name].sentence for name in names},
-            "rows": [asdict(row) for row in rows],
-            "estimates": bench.estimates,
-            "comparison": table,
-        }
-        no_nan = json.loads(
-            json.dumps(report), parse_constant=lambda _: None
-        )  # what is no number is null
-        Path(o.json).write_text(json.dumps(no_nan, indent=1) + "\n")
-    print(f"\nConclusion\n{conclusion(rows)}")
+        Path(o.json).write_text(report.to_json(rows, CLAIMS, bench, table))
+    if o.verdicts:
+        Path(o.verdicts).write_text(report.verdicts(rows, CLAIMS, bench))
     return status_of(rows)
 
 

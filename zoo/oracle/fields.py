@@ -1,20 +1,20 @@
-"""Velocity fields that the oracle puts the method on, from those with an answer on paper to the embedded model.
+"""Velocity fields that the oracle puts the method on, from those with a known answer to a model.
 
-    constant   v = theta                               a straight flow: v is constant along every ODE path
+    constant   v = theta                               a straight flow: v is constant along paths
     point      v = (x - theta) / t                     the other straight flow: all data at theta
-    gaussian   v = E[x_1 - x_0 | x_t], x_0 ~ N(m, q)   affine in x; its samplers have a law in closed form
-    network    v = tanh([x, t, c] W_1) W_2             curved in x and t, mildly
+    gaussian   v = E[x_1 - x_0 | x_t], x_0 ~ N(m, q)   affine in x; its samplers' law is known
+    network    v = tanh([x, t, prompt] W_1) W_2        curved in x and t, mildly
     rapid      the same, with its clock RAPID times faster: what a decomposition finds hardest
-    embedded   the shapes model (zoo/shapes/model.py), in float64 unless told otherwise; or the model of --model
+    embedded   the shapes model (zoo/shapes/model.py) in float64, or the model of --model
 
-Each is a torch module called as velocity(x, t, c); its parameters are the theta that gradients are taken for.
+Each is a torch module called as velocity(x, t, prompt); its parameters are the theta that gradients
+are taken for. The truth about a Gaussian flow stands at the end.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pave_grpo import Process
+from zoo.oracle import theory
+from zoo.released import families
 from zoo.shapes import model as shapes_model
-from zoo.shapes import world as shapes
+from zoo.shapes import world
 
 DIM = 6  # dimensions of the fields without a picture
 RAPID = 25.0  # about four turns of the hidden units over t in [0, 1]
@@ -51,124 +53,141 @@ class Constant(nn.Module):
         super().__init__()
         self.theta = nn.Parameter(theta)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         return self.theta.expand_as(x)
 
 
 class Point(Constant):
     """v = (x - theta) / t, the exact velocity of data at theta. t > 0."""
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         return (x - self.theta) / column(t, x)
 
 
 def gaussian_velocity(x: Tensor, t: Tensor | float, m: Tensor, q: Tensor) -> Tensor:
-    """v = (t - (1-t) q) / ((1-t)^2 q + t^2) (x - (1-t) m) - m, for data x_0 ~ N(m, diag q); q = exp(log_q)."""
+    """The exact velocity of data x_0 ~ N(m, diag q).
+
+    v = (t - (1-t) q) / ((1-t)^2 q + t^2) (x - (1-t) m) - m
+    """
     return (t - (1 - t) * q) / ((1 - t) ** 2 * q + t**2) * (x - (1 - t) * m) - m
 
 
 class Gaussian(nn.Module):
-    """The exact velocity of data N(m, diag q), q = exp(log_q); m and log_q are [*event], or one row per prompt."""
+    """gaussian_velocity with q = exp(log_q); m and log_q are [*event], or one row per prompt."""
 
     def __init__(self, m: Tensor, log_q: Tensor):
         super().__init__()
         self.m, self.log_q = nn.Parameter(m), nn.Parameter(log_q)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        m, log_q = (p if p.ndim < x.ndim else p[c] for p in (self.m, self.log_q))
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        per_prompt = self.m.ndim == x.ndim
+        m = self.m[prompt] if per_prompt else self.m
+        log_q = self.log_q[prompt] if per_prompt else self.log_q
         return gaussian_velocity(x, column(t, x), m, log_q.exp())
 
 
 class Network(nn.Module):
-    """tanh([x, pace t, c] W_1) W_2 with 16 hidden units: nothing about it is known in closed form."""
+    """tanh([x, pace t, prompt] W_1) W_2 with 16 hidden units: nothing in closed form."""
 
     def __init__(self, generator: torch.Generator, dim: int = DIM, pace: float = 1.0):
         super().__init__()
         self.pace = pace
-        self.w1, self.w2 = (
-            nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) * scale)
-            for shape, scale in (((dim + 2, 16), 0.6), ((16, dim), 0.5))
-        )
+        w1 = torch.randn(dim + 2, 16, generator=generator, dtype=torch.float64)
+        w2 = torch.randn(16, dim, generator=generator, dtype=torch.float64)
+        self.w1, self.w2 = nn.Parameter(0.6 * w1), nn.Parameter(0.5 * w2)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        rows = torch.cat([x, self.pace * column(t, x), column(c % 5, x) / 2 - 1], dim=1)
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        prompts = column(prompt % 5, x) / 2 - 1
+        rows = torch.cat([x, self.pace * column(t, x), prompts], dim=1)
         return torch.tanh(rows @ self.w1) @ self.w2
 
 
 class Pictured(nn.Module):
-    """A shapes model whose prompt c is prompts[c mod their number], computing in its own dtype."""
+    """A shapes model in its own dtype; prompt i is prompts[i mod their number]."""
+
+    tokens: Tensor
 
     def __init__(self, model: nn.Module, prompts: Sequence[str] = PROMPTS):
         super().__init__()
         self.model = model
         self.register_buffer("tokens", shapes_model.tokenize(list(prompts)))
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
-        return self.model(x.to(dtype), t.to(dtype), self.tokens[c % len(self.tokens)])
+        v: Tensor = self.model(x.to(dtype), t.to(dtype), self.tokens[prompt % len(self.tokens)])
+        return v
 
 
 def pictured(
     path: str = "", prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float64
 ) -> Fixture:
-    """The embedded model, or a checkpoint of train.py, as a fixture. ValueError for a path that is no checkpoint."""
+    """The embedded model, or a checkpoint of train.py. ValueError for what is no checkpoint."""
     model = shapes_model.load(path or shapes_model.CHECKPOINT).to(dtype)
     for prompt in prompts:
-        shapes.parse(prompt)
-    return Fixture("embedded", Pictured(model, prompts), (3, shapes.SIZE, shapes.SIZE))
+        world.parse(prompt)
+    return Fixture("embedded", Pictured(model, prompts), (3, world.SIZE, world.SIZE))
 
 
 class Piped(nn.Module):
-    """The velocity of an SD3 or FLUX pipeline (zoo/released/pipeline.py), prompt c mod their number; theta: its transformer.
+    """The velocity of a released pipeline, prompt mod their number; theta: its transformer.
 
-    Guidance is FLUX's usual 3.5 where the model takes it, and none elsewhere.
+    Its guidance is the family's usual one that takes one evaluation a row.
     """
 
     def __init__(
         self, path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]
     ):
         super().__init__()
-        from zoo.released import pipeline as diffusion  # diffusers takes seconds to import
-
-        flow = diffusion.load(path, dtype)
-        self.shape, self.prompts = flow.shape(*size), len(prompts)
+        flow = families.load(path, dtype)
+        height, width = size
+        self.shape = flow.shape(height, width)
+        self.prompts = len(prompts)
         self.network = flow.transformer.requires_grad_(True)
-        guidance = 3.5 if flow.is_flux and self.network.config.guidance_embeds else 0.0
         texts = flow.encode(prompts)
         flow.drop_encoders()
-        self.velocity = flow.velocity(texts, *size, guidance)
+        self.velocity = flow.velocity(texts, height, width, flow.single_guidance)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return self.velocity(x.float(), t.float(), c % self.prompts)
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        return self.velocity(x.float(), t.float(), prompt % self.prompts)
 
 
 def piped(path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]) -> Fixture:
-    """A pipeline's folder or hub id as a fixture. ValueError for another family or a size that does not divide."""
+    """A pipeline's folder or hub id as a fixture.
+
+    Raises ValueError for another family or a size that does not divide.
+    """
     field = Piped(path, prompts, dtype, size)
     return Fixture("embedded", field, field.shape)
 
 
 def make(name: str, generator: torch.Generator) -> Fixture:
-    """The fixture of that name (module docstring), its parameters drawn from the generator, float64, on the CPU."""
+    """The fixture of that name, its parameters drawn from the generator, float64, on the CPU."""
     theta = torch.randn(DIM, generator=generator, dtype=torch.float64)
-    if name == "embedded":
-        return pictured()
-    field = {
-        "constant": lambda: Constant(theta),
-        "point": lambda: Point(theta),
-        "gaussian": lambda: Gaussian(theta, 0.5 * theta.flip(0) - 1),
-        "network": lambda: Network(generator),
-        "rapid": lambda: Network(generator, pace=RAPID),
-    }[name]()
+    field: nn.Module
+    match name:
+        case "embedded":
+            return pictured()
+        case "constant":
+            field = Constant(theta)
+        case "point":
+            field = Point(theta)
+        case "gaussian":
+            field = Gaussian(theta, 0.5 * theta.flip(0) - 1)
+        case "network":
+            field = Network(generator)
+        case "rapid":
+            field = Network(generator, pace=RAPID)
+        case _:
+            raise ValueError(f"fixture {name}: must be one of the module's table")
     return Fixture(name, field, (DIM,))
 
 
 def nudged(field: nn.Module, size: float, generator: torch.Generator) -> nn.Module:
-    """A copy of the field, every parameter moved by size times a standard normal number: theta after some updates."""
+    """A copy, every parameter moved by size times a standard normal number."""
     field = copy.deepcopy(field)
     with torch.no_grad():
         for p in field.parameters():
-            p += size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
     return field
 
 
@@ -184,23 +203,24 @@ def shifted(field: nn.Module, step: Tensor) -> nn.Module:
 class OnlyCall(nn.Module):
     """The field, with theta alive in one of its calls (counted from 0) and constant in all others.
 
-    A gradient through k calls is the sum over them of the gradients through one: the share of each moment.
+    A gradient through k calls is the sum over them of the gradients through one: each moment's
+    share. With factors = (k,), call j is policy_loss's v_j.
     """
 
     def __init__(self, field: nn.Module, alive: int):
         super().__init__()
         self.field, self.alive, self.calls = field, alive, 0
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         self.calls += 1
         if self.calls - 1 == self.alive:
-            return self.field(x, t, c)
-        return functional_call(
-            self.field, {n: p.detach() for n, p in self.field.named_parameters()}, (x, t, c)
-        )
+            v: Tensor = self.field(x, t, prompt)
+            return v
+        constant = {name: p.detach() for name, p in self.field.named_parameters()}
+        return functional_call(self.field, constant, (x, t, prompt))
 
 
-# ---- The truth about a Gaussian flow ---------------------------------------------------------------------------
+# ---- The truth about a Gaussian flow -------------------------------------------------------------
 
 
 def gaussian_law(
@@ -209,36 +229,31 @@ def gaussian_law(
     q: Tensor,
     mean: Tensor,
     var: Tensor,
-    sde_steps: Sequence[int],
-    held: Sequence[int] = (),
+    sde_steps: Collection[int],
+    held: Collection[int] = (),
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x_0 from N(mean, var) at the grid's first time, under the exact velocity of N(m, diag q).
+    """Mean and variance after the grid's steps first..last-1, from N(mean, var) before them.
 
-    Every step is affine, so the law stays Gaussian: no sample, no density, no score (THEORY.md, section 4). In the
-    steps `held`, theta is a constant: no log-probability credits it there. Steps are written from their definition
-    (predicted ends, Euler-Maruyama), not from pave_grpo's coefficients.
+    The velocity is the exact one of N(m, diag q), and every step affine in the state, so that the
+    law stays Gaussian: no sample, no density, no score. In the steps `held`, theta is a constant:
+    no log-probability credits it there. Steps are those that define the kernel (theory.py).
     """
-    grid = process.grid.tolist()
-    for i, (t, s) in enumerate(pairwise(grid)):
+    record = theory.of(process.kernel, process.eta)
+    steps = list(pairwise(process.grid.tolist()))
+    for i in range(first, len(steps) if last is None else last):
+        t, s = steps[i]
         a, b = (m.detach(), q.detach()) if i in held else (m, q)
-        slope, D = (t - (1 - t) * b) / ((1 - t) ** 2 * b + t**2), t - s
-        v = slope * (mean - (1 - t) * a) - a
-        if i not in sde_steps:
-            mean, var = mean - D * v, (1 - D * slope) ** 2 * var
-            continue
-        if process.kernel == "cps":
-            h = process.eta * math.pi / 2
-            std, keep = s * math.sin(h), s * math.cos(h)
-            step = lambda x, v, t=t, s=s, keep=keep: (
-                (1 - s) * (x - t * v) + keep * (x + (1 - t) * v)
-            )
+        v = gaussian_velocity(mean, t, a, b)
+        slope = (t - (1 - t) * b) / ((1 - t) ** 2 * b + t**2)  # dv/dx
+        if i in sde_steps:
+            gain, _ = record.step(1.0, slope, t, s)  # d mean / dx: the step is linear in (x, v)
+            mean, std = record.step(mean, v, t, s)
+            var = gain**2 * var + std**2
         else:
-            g2 = process.eta**2 * (
-                1 if process.kernel == "dance" else t / (1 - (t if t < 1 else grid[1]))
-            )
-            std = (g2 * D) ** 0.5
-            step = lambda x, v, t=t, D=D, g2=g2: x - D * v - D * g2 / (2 * t) * (x + (1 - t) * v)
-        mean, var = step(mean, v), step(1.0, slope) ** 2 * var + std**2
+            mean = mean - (t - s) * v
+            var = (1 - (t - s) * slope) ** 2 * var
     return mean, var
 
 
@@ -247,12 +262,56 @@ def policy_gradient(
     m: Tensor,
     log_q: Tensor,
     target: Tensor,
-    sde_steps: Sequence[int],
-    held: Sequence[int] = (),
+    sde_steps: Collection[int],
+    held: Collection[int] = (),
 ) -> Tensor:
-    """d E[-|x_0 - target|^2] / d (m, log_q), from noise N(0, I), by propagating mean and variance: [2 d]."""
+    """d E[-|x_0 - target|^2] / d (m, log_q), [2 d], for samples from noise N(0, I)."""
     a, b = m.detach().requires_grad_(), log_q.detach().requires_grad_()
-    mean, var = gaussian_law(
-        process, a, b.exp(), torch.zeros_like(m), torch.ones_like(m), sde_steps, held
-    )
+    start, unit = torch.zeros_like(m), torch.ones_like(m)
+    mean, var = gaussian_law(process, a, b.exp(), start, unit, sde_steps, held)
     return torch.cat(torch.autograd.grad(-(var + (mean - target) ** 2).sum(), [a, b]))
+
+
+def expected_estimate(
+    process: Process,
+    m: Tensor,
+    log_q: Tensor,
+    target: Tensor,
+    sde_steps: Collection[int],
+    k: int,
+    form: str,
+) -> Tensor:
+    """What the k-term's estimate of `policy_gradient` is on average, [2 d], with no sample drawn.
+
+    It is the sum over steps of Cov(r, credit d mu^(k)/d theta), with credit (x_s - mu^(k))/c_k^2
+    ("paper"), over (c_1/c_k)^2 ("rescaled"), or (x_s - mu^(1))/c_1^2 ("matched"). Both factors are
+    quadratic in the Gaussian pair (x_t, z), where three Gauss-Hermite nodes each are exact.
+    """
+    record, q = theory.of(process.kernel, process.eta), log_q.exp()
+    a, b = m.detach().requires_grad_(), log_q.detach().requires_grad_()
+    node = torch.tensor([-(3**0.5), 0.0, 3**0.5]).to(m)
+    w = torch.tensor([1 / 6, 2 / 3, 1 / 6]).to(m)
+    x_t_node, z, w = node.view(3, 1, 1), node.view(1, 3, 1), (w[:, None] * w)[..., None]
+
+    def held_velocity(x: Tensor, t: float) -> Tensor:
+        return gaussian_velocity(x, t, m, q)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return gaussian_velocity(x, t, a, b.exp())
+
+    total = torch.zeros((), dtype=m.dtype, device=m.device)
+    start, unit = torch.zeros_like(m), torch.ones_like(m)
+    for i in sde_steps:
+        t, s = process.grid[i : i + 2].tolist()
+        mean, var = gaussian_law(process, m, q, start, unit, sde_steps, last=i)
+        x_t = mean + var.sqrt() * x_t_node
+        mu_1, c_1 = record.decomposed(held_velocity, x_t, t, s, 1)
+        x_s = mu_1 + c_1 * z
+        x_0, _ = gaussian_law(process, m, q, x_s, unit, sde_steps, first=i + 1)
+        r = -((x_0 - target) ** 2)  # given x_s: what later noise adds does not depend on it
+        centred = w * (r - (w * r).sum((0, 1)))
+        mu_k, c_k = record.decomposed(velocity, x_t, t, s, k)
+        scored = mu_1 if form == "matched" else mu_k.detach()
+        credit = (x_s - scored) / (c_k if form == "paper" else c_1) ** 2
+        total = total + (centred * credit * mu_k).sum()
+    return torch.cat(torch.autograd.grad(total, [a, b]))

@@ -1,225 +1,367 @@
-"""The report of the oracle: rows as lines, and the conclusion."""
+"""The oracle's report: the conclusion, a table of statements, every row, JSON, docs/VERDICTS.md."""
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import subprocess
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zoo.oracle.bench import Bench
-from zoo.oracle.findings import BROKEN, EXACT, ORDER, UNCLEAR, Row
+from zoo.oracle.claims import Claims, Row, Statement, as_json, status_of
+from zoo.oracle.findings import CONVERGES, FALSE_ALARM, HOLDS, INCONCLUSIVE, REFUTED, STATISTICS, Z
+
+SCHEMA = 2
+WIDTH, LABEL, CELL, ACROSS = 100, 43, 18, 3  # of the page, a statement, a kernel; kernels abreast
+TOPICS = ("attribution", "density", "parameters", "what to use")  # of the conclusion
+QUESTION = 'In which sense is a k-step decomposition "equivalent" to the step that was sampled?'
+
+Cells = dict[tuple[str, str], list[Row]]  # by statement and kernel
 
 
-def is_statistical(row: Row) -> bool:
-    return row.basis.startswith("z = ")
-
-
-def summarise(rows: Sequence[Row], claims: dict) -> str:
-    """Per claim one line for each statement, kernel, rollout mode and form: verdict, and the row nearest to failing."""
-    lines, groups, last = [], {}, None
+def cells_of(rows: Sequence[Row]) -> Cells:
+    """Rows by statement and kernel, in their order."""
+    cells: Cells = {}
     for row in rows:
-        groups.setdefault(
-            (row.claim, row.what, row.kernel, row.rollouts, row.form, row.registered), []
-        ).append(row)
-    for (name, what, kernel, rollouts, form, registered), members in groups.items():
-        if name != last:
-            lines += ["", f"{name}  {claims[name].sentence}"]
-            last = name
-        wrong = [row for row in members if row.verdict != registered]
-        off = lambda r: abs(r.measured - (r.predicted or 0)) / max(r.tolerance, 1e-300)
-        row = (min if registered == BROKEN else max)(wrong or members, key=off)
-        verdict = (
-            f"{row.verdict}, as predicted" if not wrong and registered == BROKEN else row.verdict
-        )
-        condition = ", ".join(
-            filter(
-                None,
-                [
-                    {"shared_anchor": "shared anchors", "independent": "independent rollouts"}.get(
-                        rollouts
-                    ),
-                    form,
-                ],
-            )
-        )
-        found = (
-            f"error ~ D^{row.measured:.2f}, predicted {row.predicted:.2f}"
-            if registered == ORDER
-            else f"off by {row.measured:.2g}"
-            if row.predicted == 0
-            else f"{row.measured:.4g} for {row.predicted:.4g}"
-        )
-        lines.append(
-            f"  {verdict:20} {kernel:9} {what}{f' ({condition})' if condition else ''}: {found}; tolerance "
-            f"{row.tolerance:.1g} ({row.basis}); {len(members)} row{'s' * (len(members) > 1)}"
-            + (
-                f"   <- registered {registered}; {len(wrong)} of {len(members)} rows differ"
-                if wrong
-                else ""
-            )
-        )
+        cells.setdefault((row.statement, row.kernel), []).append(row)
+    return cells
+
+
+def verdict_of(rows: Sequence[Row]) -> str:
+    """The verdict that all rows share; INCONCLUSIVE if they do not, or one is."""
+    verdicts = {row.verdict for row in rows}
+    return verdicts.pop() if len(verdicts) == 1 else INCONCLUSIVE
+
+
+# ---- The front page ------------------------------------------------------------------------------
+
+
+def front_page(rows: Sequence[Row], claims: Claims, bench: Bench, seconds: float) -> str:
+    """The conclusion, then one line per statement with a column per kernel."""
+    with_ = environment(bench)
+    right = f"{with_['dtype']}, seed {bench.seed}, {bench.device.type}"
+    lines = [QUESTION, conclusion(rows, claims), ""]
+    lines += table(rows, claims, bench.kernels)
+    lines += ["", f"{headline(rows)} Took {seconds:.0f} s; {right}."]
     return "\n".join(lines)
 
 
-def status_of(rows: Sequence[Row]) -> int:
-    """0: every verdict registered; 1: one is not; 3: none is wrong but one is inconclusive."""
-    if any(row.verdict not in (row.registered, UNCLEAR) for row in rows):
-        return 1
-    return 3 if any(row.verdict == UNCLEAR for row in rows) else 0
+def conclusion(rows: Sequence[Row], claims: Claims) -> str:
+    """The referee's answer, said from the verdicts: a topic's clauses, and the claims they rest on.
+
+    A clause speaks for the kernels with its verdict, and names them where they are not all.
+    """
+    cells, statements = cells_of(rows), claims.statements()
+    tested = list(dict.fromkeys(row.kernel for row in rows))
+    lines = []
+    for topic in TOPICS:
+        clauses, sources = [], []
+        for name, statement in statements.items():
+            said = list(spoken(topic, statement, name, cells, tested))
+            clauses += said
+            sources += [name.split(".")[0]] if said else []
+        if clauses:
+            right = " ".join(dict.fromkeys(sources))
+            lines += hanging(f"  {topic:12} ", "; ".join(clauses), right)
+    return "\n".join(lines)
 
 
-# What the conclusion says: for a claim, clauses with a blank for the kernels all of whose rows about `words` (and the
-# fields named) have the verdict. A clause about which nothing was tested is left out.
-SENTENCES = (
-    ("E1", "Rollouts, rewards and advantages do not depend on S or form under {}", EXACT, "", {}),
-    (
-        "E2",
-        "In a group that branches from one state, reward attribution keeps its direction exactly under {}",
-        EXACT,
-        "direction of the group's attribution",
-        {"rollouts": "shared_anchor", "what": "direction of the group's attribution"},
-    ),
-    ("E2", "its size is the original's times (c_1/c_k)^2 under {}", EXACT, "size against", {}),
-    (
-        "E2",
-        "with independent trajectories the direction is lost under {}",
-        BROKEN,
-        "direction",
-        {"rollouts": "independent"},
-    ),
-    (
-        "E3",
-        "The k-term's ratio is no importance ratio: its mean is off 1 under {}",
-        BROKEN,
-        "mean ratio is 1",
-        {},
-    ),
-    ("E3", "by the predicted amount under {}", EXACT, "mean ratio is exp", {}),
-    (
-        "E4",
-        "On straight flows decomposed and original are one density for every theta under {}",
-        EXACT,
-        "mean, std",
-        {},
-    ),
-    ("E4", "and two under {}", BROKEN, "mean, std", {}),
-    ("E4", "ratios of an updated theta agree under {}", EXACT, "log-ratio", {}),
-    (
-        "E5",
-        "The velocities keep the original's total weight at every step under {}",
-        EXACT,
-        "add up to",
-        {},
-    ),
-    (
-        "E6",
-        "Parameter gradients differ from the original's, by design, under {}",
-        BROKEN,
-        "1 - cosine",
-        {},
-    ),
-    ("E6", "the means meet as steps shrink under {}", ORDER, "over c_1", {}),
-    ("E6", "but the bias of independent rollouts does not vanish under {}", ORDER, "not to 0", {}),
-    (
-        "E7",
-        "The matched form keeps attribution in direction and size, in both rollout modes, under {}",
-        EXACT,
-        "attribution",
-        {},
-    ),
-    ("E7", "its mean ratio (summed log-probabilities) is 1 under {}", EXACT, "mean ratio", {}),
-    (
-        "E8",
-        "Finer steps multiply to the original step if they share one velocity under {}",
-        EXACT,
-        "equal shares",
-        {"what": "score and ratio of the product, equal shares"},
-    ),
-    ("E8", "and to another, if a network is evaluated anew, under {}", BROKEN, "anew", {}),
-    ("E9", "Each term is clipped by itself under {}", EXACT, "after an update", {}),
-    (
-        "E10",
-        "Averaging log-probabilities pulls the mean ratio below 1 under {}",
-        BROKEN,
-        "averaged ratio is 1",
-        {},
-    ),
-    ("E11", "Samples reach spread data as steps shrink under {}", ORDER, "to the data", {}),
-    ("E11", "and miss it under {}", BROKEN, "samples is the data", {}),
-    (
-        "TRUTH",
-        "Against the policy gradient in closed form the original estimator is unbiased under {}",
-        EXACT,
-        "policy gradient",
-        {"k": 1},
-    ),
-    (
-        "TRUTH",
-        "k-terms are biased as printed under {}",
-        BROKEN,
-        "policy gradient",
-        {"form": "paper"},
-    ),
-    ("TRUTH", "and even matched under {}", BROKEN, "policy gradient", {"form": "matched"}),
-    ("MARGINAL", "Samplers have the law that theory gives them under {}", EXACT, "", {}),
-    ("GRADIENT", "Reverse, forward and numerical gradients agree under {}", EXACT, "", {}),
-)
+def spoken(
+    topic: str, statement: Statement, name: str, cells: Cells, tested: Sequence[str]
+) -> Iterator[str]:
+    """What a statement says on a topic: a clause for each verdict that some kernel has."""
+    for clause in statement.clauses:
+        by_words: dict[str, list[str]] = {}
+        for kernel in tested if clause.topic == topic else ():
+            if (name, kernel) in cells:
+                verdict = verdict_of(cells[name, kernel])
+                words = clause.false if verdict == REFUTED else clause.true
+                if verdict == INCONCLUSIVE:
+                    words = f"undecided: {statement.text}"
+                elif not all(row.as_registered for row in cells[name, kernel]):
+                    words = f"{words or statement.text} (NOT as registered)"
+                by_words.setdefault(words, []).append(kernel)
+        for words, kernels in by_words.items():
+            names = ", ".join(kernels)
+            if "{}" in words:
+                yield words.format(names)
+            elif words:
+                yield words if kernels == list(tested) else f"{words} under {names}"
 
 
-def conclusion(rows: Sequence[Row]) -> str:
-    """The referee's answer in at most 15 lines, said from the verdicts alone."""
-    said: dict[str, list[str]] = {}
-    for name, clause, verdict, words, where in SENTENCES:
-        verdicts: dict[str, set[str]] = {}
-        for row in rows:
-            if (
-                row.claim == name
-                and words in row.what
-                and all(getattr(row, f) == v for f, v in where.items())
-            ):
-                verdicts.setdefault(row.kernel, set()).add(row.verdict)
-        kernels = [kernel for kernel, found in verdicts.items() if found == {verdict}]
-        undecided = [kernel for kernel, found in verdicts.items() if UNCLEAR in found]
-        if verdicts:
-            said.setdefault(name, []).append(
-                clause.format(", ".join(kernels) or "no kernel tested")
-                + (f" (undecided: {', '.join(undecided)})" if undecided else "")
+def hanging(label: str, text: str, right: str) -> list[str]:
+    """Text beside its label, wrapped, with a word flush right on its first line."""
+    width = WIDTH - len(label) - len(right) - 2
+    first, *rest = textwrap.wrap(text, width)
+    return [f"{label}{first:{width}}  {right}", *(" " * len(label) + line for line in rest)]
+
+
+def table(rows: Sequence[Row], claims: Claims, kernels: Sequence[str]) -> list[str]:
+    """One line per statement, a column per kernel, at most three kernels abreast."""
+    cells, lines = cells_of(rows), []
+    for first in range(0, len(kernels), ACROSS):
+        abreast = kernels[first : first + ACROSS]
+        lines.append((" " * (LABEL + 1) + " ".join(f"{k:{CELL}}" for k in abreast)).rstrip())
+        last = ""
+        for name, statement in claims.statements().items():
+            found = [cells.get((name, kernel), []) for kernel in abreast]
+            if any(found):
+                claim = name.split(".")[0]
+                label = f"{claim if claim != last else '':4} {statement.text}"
+                text = " ".join(f"{cell(members):{CELL}}" for members in found)
+                lines.append(f"{label:{LABEL}} {text}".rstrip())
+                for kernel, members in zip(abreast, found, strict=True):
+                    lines += odd_lines(kernel, members)
+                last = claim
+    return lines
+
+
+def cell(rows: Sequence[Row]) -> str:
+    """A verdict in a few words: how well it holds, by how much it is refuted, how it converges."""
+    if not rows:
+        return ""
+    verdict = verdict_of(rows)
+    if verdict == REFUTED:
+        return f"refuted {span([row.difference for row in rows])}"
+    if verdict == CONVERGES:
+        slope = max(rows, key=lambda row: row.difference).measured
+        return f"converges, D^{slope:.2f}"
+    if verdict == HOLDS:
+        zs = [abs(row.z) for row in rows if row.z is not None]
+        error = max(row.difference for row in rows)
+        if zs:
+            return f"holds (z {max(zs):.1f})"
+        return f"holds to {error:.0e}" if error else "holds exactly"
+    wrong = sum(row.verdict == REFUTED for row in rows)
+    unclear = sum(row.verdict == INCONCLUSIVE for row in rows)
+    return "inconclusive" if unclear else f"refuted {wrong} of {len(rows)}"
+
+
+def span(sizes: Sequence[float]) -> str:
+    """The range of some positive numbers, to two digits, or to one where that is too long."""
+    for digits in (2, 1):
+        low, high = f"{min(sizes):.{digits}g}", f"{max(sizes):.{digits}g}"
+        text = low if low == high else f"{low}-{high}"
+        if len(text) <= CELL - len("refuted "):
+            break
+    return text
+
+
+def odd_lines(kernel: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each registered verdict that some rows do not have, with the first of them."""
+    lines = []
+    for registered in dict.fromkeys(row.registered for row in rows):
+        odd = [row for row in rows if row.registered == registered and not row.as_registered]
+        if odd:
+            row, size = odd[0], ""
+            if row.low is not None and row.high is not None:
+                size = f" by {row.low:.3g} to {row.high:.3g}"
+            where = ", ".join(word for word in (row.rollouts, row.form, row.fixture) if word)
+            words = f"<- {kernel}: registered {registered.lower()}{size}; {len(odd)} of {len(rows)}"
+            words += f" differ, first k = {row.k}, {where}: {row.difference:.3g}"
+            lines += textwrap.wrap(
+                words, WIDTH - 5, initial_indent="     ", subsequent_indent=" " * 8
             )
-    lines = [f"{name}: {'; '.join(clauses)}." for name, clauses in said.items()]
-    wrong = sum(row.verdict != row.registered for row in rows)
-    lines.append(
-        {
-            0: f"All {len(rows)} verdicts are the registered ones.",
-            1: f"{wrong} of {len(rows)} verdicts are NOT the registered ones: see the rows marked <-.",
-            3: f"{wrong} of {len(rows)} verdicts are inconclusive; none is wrong.",
-        }[status_of(rows)]
+    return lines
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """How many statements and measurements there are, and how many are not as registered."""
+    statements = {row.statement for row in rows}
+    odd = {row.statement for row in rows if not row.as_registered}
+    counted = f"{len(statements)} statements, {len(rows)} measurements"
+    if not odd:
+        return f"{counted}: all as registered."
+    judged = "are NOT as registered" if status_of(rows) == 1 else "are inconclusive, none is wrong"
+    return f"{counted}: {len(odd)} of the statements {judged} (marked <-)."
+
+
+# ---- Every row -----------------------------------------------------------------------------------
+
+
+def every_row(rows: Sequence[Row], claims: Claims) -> str:
+    """All measurements, under their claim's sentence and their statement's tolerance."""
+    lines = []
+    for name, of_claim in groupby(rows, key=lambda row: row.claim):
+        claim = claims[name]
+        lines += ["", *textwrap.wrap(f"{name}  {claim.sentence}", WIDTH)]
+        members = list(of_claim)
+        for key, statement in claim.statements.items():
+            found = [row for row in members if row.statement == key]
+            if found:
+                lines += ["", f"  {key}: {statement.text}  [{statement.basis}]"]
+                lines += map(row_line, found)
+    return "\n".join(lines).strip("\n")
+
+
+def row_line(row: Row) -> str:
+    """Where, the verdict, what was measured and what that is held to."""
+    k = "" if row.k is None else f"k {row.k}"
+    where = f"{row.kernel:9}{k:5}{row.rollouts:14}{row.form:9}{row.fixture:23}"
+    if row.registered == REFUTED:
+        held_to = f"in {row.low:.3g} .. {row.high:.3g}"
+    elif row.verdict == CONVERGES or row.registered == CONVERGES:
+        held_to = f"{row.predicted:.2f} +- {row.tolerance:g}"
+    else:
+        held_to = f"<= {row.tolerance:.1e}"
+    z = "" if row.z is None else f", z {row.z:+.1f}"
+    size = row.measured if row.registered == CONVERGES else row.difference
+    mark = "" if row.as_registered else " <-"
+    return f"  {where}{row.verdict.lower():10}{size:<9.2g}{held_to}{z}{mark}"
+
+
+def estimates(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """(kernel, k, form, estimate, truth, cosine, size ratio) of TRUTH's policy gradients."""
+    table = []
+    for row in rows:
+        if row.estimate is not None and row.truth is not None:
+            a, b = torch.tensor(row.estimate), torch.tensor(row.truth)
+            alike = (torch.dot(a, b) / (a.norm() * b.norm())).item()
+            size = (a.norm() / b.norm()).item()
+            table.append((row.kernel, row.k, row.form, row.estimate, row.truth, alike, size))
+    return table
+
+
+def show_estimates(rows: Sequence[Row]) -> str:
+    """The policy gradients side by side: scale, bias and Jacobian apart."""
+    lines = ["Policy gradients of a Gaussian flow by (m_1, m_2, log q_1, log q_2)", ""]
+    lines.append(f"{'kernel':9}  k  {'form':9} {'estimate':33} cosine   size")
+    for kernel, members in groupby(estimates(rows), key=lambda line: line[0]):
+        found = list(members)
+        lines.append(f"{kernel:9} --  {'truth':9} {vector(found[0][4])}")
+        for _, k, form, mean, _, alike, size in found:
+            lines.append(f"{kernel:9} {k:2}  {form:9} {vector(mean)}   {alike:.4f}  {size:5.2f}")
+    return "\n".join(lines)
+
+
+def vector(z: Sequence[float]) -> str:
+    return " ".join(f"{x:+7.3f}" for x in z)
+
+
+def failure_rate(rows: Sequence[Row], times: int) -> str:
+    """Of statistical rows under fresh seeds, in two lines."""
+    unclear = sum(row.verdict == INCONCLUSIVE for row in rows if not row.as_registered)
+    wrong = sum(not row.as_registered for row in rows) - unclear
+    return (
+        f"{wrong} of {len(rows)} statistical verdicts were wrong and {unclear} inconclusive, over "
+        f"{times} seeds;\nthe registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict"
     )
-    return "\n".join(lines)
 
 
-def environment(bench: Bench) -> dict:
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def environment(bench: Bench) -> dict[str, Any]:
     """What a report was made with."""
 
     def git(*words: str) -> str | None:
+        root = Path(__file__).parents[2]
         done = subprocess.run(
-            ["git", *words],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
+            ["git", *words], cwd=root, capture_output=True, text=True, check=False
         )
         return done.stdout.strip() if done.returncode == 0 else None
 
-    cuda, changed = bench.device.type == "cuda", git("status", "--porcelain")
+    changed = git("status", "--porcelain")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
         "dtype": str(bench.model.dtype if bench.model else bench.dtype).removeprefix("torch."),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
     }
+
+
+def to_json(
+    rows: Sequence[Row], claims: Claims, bench: Bench, comparison: list[dict[str, Any]]
+) -> str:
+    """The whole report; what is no number is null."""
+    names = list(dict.fromkeys(row.claim for row in rows))
+    statements = {
+        key: {"text": statement.text, "tolerance": statement.basis}
+        for name in names
+        for key, statement in claims[name].statements.items()
+    }
+    report = {
+        "schema": SCHEMA,
+        "environment": environment(bench),
+        "status": status_of(rows),
+        "false_alarm": FALSE_ALARM,
+        "conclusion": conclusion(rows, claims),
+        "claims": {name: claims[name].sentence for name in names},
+        "statements": statements,
+        "rows": [as_json(row) for row in rows],
+        "estimates": estimates(rows),
+        "comparison": comparison,
+    }
+    no_nan = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    return json.dumps(no_nan, indent=1) + "\n"
+
+
+HEAD = """# Verdicts
+
+{question} Every statement below was registered with its verdict, and what is
+refuted with the size of the difference, before it was measured. The page is generated:
+
+    python verify_equivalence.py --verdicts docs/VERDICTS.md
+
+{environment}. {headline}
+
+```
+{conclusion}
+```
+
+**holds** to rounding (below the power of ten that is printed), or, where it says *z*, within
+{z:.1f} standard errors; **converges** as that power of the step D; **refuted** by that range of the
+difference, which theory gives. Each claim in one sentence, then its statements:
+"""
+
+
+def verdicts(rows: Sequence[Row], claims: Claims, bench: Bench) -> str:
+    """docs/VERDICTS.md: figures so coarse that they are the same on every machine."""
+    with_ = environment(bench)
+    where = f"Python {with_['python']}, torch {with_['torch']}, {with_['dtype']}, seed {bench.seed}"
+    lines = HEAD.format(
+        question=QUESTION,
+        environment=f"{where}, {with_['device']}",
+        headline=headline(rows),
+        conclusion=conclusion(rows, claims),
+        z=Z,
+    ).splitlines()
+    for name, claim in claims.items():
+        lines += ["", f"## {name}", "", *textwrap.wrap(claim.sentence, WIDTH), ""]
+        lines += [f"| | statement | {' | '.join(f'`{kernel}`' for kernel in bench.kernels)} |"]
+        lines += [f"|---|---|{'---|' * len(bench.kernels)}"]
+        lines += verdict_lines(rows, claims, name, bench.kernels)
+    return "\n".join(lines) + "\n"
+
+
+def verdict_lines(
+    rows: Sequence[Row], claims: Claims, name: str, kernels: Sequence[str]
+) -> list[str]:
+    """One claim's lines of docs/VERDICTS.md."""
+    cells, lines = cells_of(rows), []
+    for key, statement in claims[name].statements.items():
+        found = [coarse(cells.get((key, kernel), [])) for kernel in kernels]
+        lines.append(f"| {key} | {statement.text} | {' | '.join(found)} |")
+    return lines
+
+
+def coarse(rows: Sequence[Row]) -> str:
+    """`cell` with rounding errors as powers of ten."""
+    if not rows or verdict_of(rows) != HOLDS:
+        return cell(rows)
+    if rows[0].z is not None:
+        return "holds (z)"
+    error = max(row.difference for row in rows)
+    if not error:
+        return "holds exactly"
+    return f"holds, below 1e{max(-12, math.ceil(math.log10(error)))}"
