@@ -1,6 +1,7 @@
 """Pictures: images where they belong and unspoiled, curves with their error, one style."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from matplotlib.image import imread
 
 import pave_grpo as pg
 from zoo import style
-from zoo.oracle import draw_decomposition
+from zoo.oracle import draw_decomposition, fields
+from zoo.oracle import figures as oracle_figures
 from zoo.training import pictures
 from zoo.training.pictures import EDGE, LINE, NAMES, NEAR, SIDE
 
@@ -155,3 +157,37 @@ def test_the_decomposition_is_drawn_the_same_twice(tmp_path):
     for file in files:
         draw_decomposition.draw(file)
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_kernel_nobody_has_heard_of_is_drawn_in_a_colour_of_its_own(
+    figures, monkeypatch, tmp_path
+):
+    """Four pictures of four kernels; shares beyond 0 and 1 are inside their panel, with figures."""
+    monkeypatch.setitem(pg.KERNELS, "fourth", pg.dance)
+    network = fields.make("network", torch.Generator().manual_seed(0))
+    bench = SimpleNamespace(
+        kernels=tuple(pg.KERNELS),
+        factors=(2, 3),
+        model=None,
+        fixture=lambda name: network,
+        normal=lambda *shape, of: torch.randn(*shape, dtype=torch.float64),
+    )
+    shares = {"fourth": [(1.0, -0.9), (0.8, 0.1), (0.6, 1.8)]}
+    table = [
+        {"kernel": kernel, "k": 3, "t": 1.0, "s": 0.4, "cosine": 0.9, "group": 1.0}
+        | {"share": shares.get(kernel, [(1.0, 0.2), (0.8, 0.3), (0.6, 0.5)])}
+        for kernel in bench.kernels
+    ]
+    names = [path.name for path in oracle_figures.draw_figures(bench, table, tmp_path)]
+    assert names == ["weight.png", "cosine.png", "gap.png", "attribution.png"]
+
+    weight, cosine, gap, attribution = figures
+    own = oracle_figures.colour_of("fourth")
+    assert own not in [oracle_figures.colour_of(kernel) for kernel in bench.kernels[:3]]
+    for ax in (weight.axes[1], cosine.axes[0], gap.axes[0]):
+        assert own in {line.get_color() for line in ax.lines}
+        assert any("fourth" in text.get_text() for text in ax.texts)
+    assert [ax.get_title(loc="left") for ax in attribution.axes] == list(bench.kernels)
+    low, high = attribution.axes[3].get_ylim()
+    assert low < -0.9 and high > 1.8
+    assert {"-90%", "180%"} <= {text.get_text() for text in attribution.axes[3].texts}
