@@ -503,19 +503,27 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_weighted_sums_in_batches_and_one_model_for_two_uses(encoder):
+def test_weighted_sums_in_batches_and_one_model_for_two_uses(encoder, monkeypatch):
     """total = sum of weight times score whatever the batch; a model named twice is loaded once."""
     folder, x = encoder[0], pictures(7, 40, 30)
     lists = [[f"clip={folder}:0.5", "zoo.rewards.example:warmth:3"], [f"clip={folder}"]]
-    clip = dual_encoders.clip(str(folder))(x, PROMPTS)
-    wanted = 0.5 * clip + 3 * (x[:, 0] - x[:, 2]).mean((1, 2))
+    clip = dual_encoders.clip(str(folder))
+    wanted = 0.5 * clip(x, PROMPTS) + 3 * (x[:, 0] - x[:, 2]).mean((1, 2))
+    loads = []
+
+    def loaded(place, revision):
+        loads.append(place)
+        return clip
+
+    monkeypatch.setattr(dual_encoders, "clip", loaded)
     for batch in (0, 1, 2, 5):
         mine, judge = rewards.load_all(lists, batch=batch)
         scores = mine(x, PROMPTS)
         assert list(scores) == ["clip", "zoo.rewards.example:warmth"]
         assert scores["clip"].dtype == torch.float32
         torch.testing.assert_close(mine.total(scores), wanted, rtol=1e-5, atol=1e-5)
-        assert judge.rewards["clip"] is mine.rewards["clip"]
+        assert judge.rewards["clip"] is clip
+    assert loads == [str(folder)] * 4
 
 
 def asked(reward):

@@ -66,6 +66,8 @@ def test_parts_of_the_score_are_credited_apart():
     assert own.score == 1 and own.right
     assert 1 > one_shape_wrong.score > one_too_many.score > all_wrong.score >= 0
     assert not one_too_many.right and one_too_many.number == 0 and one_too_many.objects == 0.5
+    # Without a relation, what it would weigh counts for nobody: (0.4 / 2 + 0.2 / 2) / 0.8.
+    assert one_too_many.score.item() == pytest.approx(0.375)
     left = world.draw(["a red circle left of a blue square"], seeded(2))
     assert rule.judge(left, ["a red circle left of a blue square"]).right
     wrong = rule.judge(left, ["a red circle right of a blue square"])
@@ -76,10 +78,15 @@ def loopholes() -> dict[str, torch.Tensor]:
     """Pictures that a careless rule would like as "a red circle"."""
     clean = world.draw(["a red circle"], seeded(3))[0]
     ground = torch.tensor(world.BACKGROUND)[:, None, None].expand(3, 32, 32)
-    red = torch.tensor(world.PALETTE[0])[:, None, None]
+    red, green, _, _ = torch.tensor(world.PALETTE)[..., None, None]
     noise = torch.rand(3, 32, 32, generator=seeded(4))
     specks = clean.clone()
     specks[:, ::6, ::6] = red
+    blob = ground.clone()
+    blob[:, 8:24, 13:19] = red
+    tint = 0.6 * ground + 0.4 * green
+    middle = torch.full((2,), 16.0)
+    circle, giant = world.outlines(middle, middle, torch.tensor([5.5, 12.0]))[:, :1]
     return {
         "noise": noise,
         "red everywhere": red.expand(3, 32, 32),
@@ -89,13 +96,16 @@ def loopholes() -> dict[str, torch.Tensor]:
         "grey": torch.full((3, 32, 32), 0.5),
         "fog": 0.6 * clean + 0.4 * noise,
         "pale": 0.35 * clean + 0.65 * ground,
+        "tinted ground": tint + circle * (red - tint),
+        "blob": blob,
+        "giant": ground + giant * (red - ground),
         "black ground": clean * 0.5,
     }
 
 
 @pytest.mark.parametrize(("name", "picture"), loopholes().items())
 def test_loopholes_of_the_rule_are_closed(name, picture):
-    """Noise, floods, specks, fog, pale or extra objects are not right, and score below a circle."""
+    """Noise, floods, fog, tints; pale, misshapen, giant or extra objects: not right, and less."""
     verdict = rule.judge(picture[None], ["a red circle"])
     assert not verdict.right.item() and verdict.score.item() < 0.9, (name, verdict)
 
