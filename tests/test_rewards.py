@@ -171,6 +171,14 @@ def test_a_revision_reaches_the_hub(name, monkeypatch):
     assert asked == [(usual, None, safe), ("some/where", "r2", safe)]
 
 
+def test_the_tokenizer_beside_the_weights_is_taken_before_the_hubs(encoder, tmp_path, monkeypatch):
+    """A local folder with a tokenizer is its own; any other place has the hub's."""
+    monkeypatch.setattr(dual_encoders.AutoTokenizer, "from_pretrained", str)
+    assert dual_encoders.tokenizer_in(encoder[0], "hub") == str(encoder[0])
+    assert dual_encoders.tokenizer_in(tmp_path, "hub") == "hub"
+    assert dual_encoders.tokenizer_in("some/where", "hub") == "hub"
+
+
 # ---- The released arithmetic, written out --------------------------------------------------------
 
 
