@@ -1,227 +1,268 @@
-"""Judging other implementations: bugs are named, conventions told apart from them, stubs turned away."""
+"""Judging other code: bugs are named, conventions told apart from them, stubs turned away."""
 
 import importlib
 import math
 
 import pytest
 import torch
+from torch.distributions import Normal
 
+import pave_grpo as pg
 import verify_equivalence as oracle
 from zoo.oracle import bugs, judging
 
+BUGS = {bug.name: bug for bug in bugs.BUGS}
 
-def as_function(module, level):
-    """The level's function, computed by a (patched) pave_grpo."""
+
+# ---- Implementations made of pave_grpo, or of a patched copy of it -------------------------------
+
+
+def of_one_prompt(velocity):
+    """velocity(x, t) as pave_grpo calls it."""
+    return lambda x, t, prompt: velocity(x, t)
+
+
+def process_of(module, t, s, kernel, eta):
+    return module.Process(torch.tensor([t, s], dtype=torch.float64), kernel, eta)
+
+
+def transition_of(module):
+    """The function of level "transition"."""
 
     def transition(x, velocity, t, s, k, kernel, eta):
-        rows = [torch.full((len(x),), u, dtype=torch.float64) for u in (t, s)]
-        p = module.decompose(
-            lambda x, t, c: velocity(x, t),
-            module.Process([t, s], kernel, eta),
-            x,
-            *rows,
-            torch.zeros(len(x), dtype=torch.long),
-            sorted({2, 3, k} - {1}),
-        )[k]
-        return p.mean, p.std
+        start, end = x.new_full((len(x),), t).double(), x.new_full((len(x),), s).double()
+        prompt = torch.zeros(len(x), dtype=torch.long)
+        process, factors = process_of(module, t, s, kernel, eta), sorted({2, 3, k} - {1})
+        terms = module.decompose(of_one_prompt(velocity), process, x, start, end, prompt, factors)
+        return terms[k].mean, terms[k].std
+
+    return transition
+
+
+def log_prob_of(module):
+    """The function of level "log_prob"."""
 
     def log_prob(x_s, mean, std):
         return module.Transition(mean, std).log_prob(x_s)
 
+    return log_prob
+
+
+def loss_of(module):
+    """The function of level "loss"."""
+
     def loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
-        rollout = module.Rollout(
-            module.Process([t, s], kernel, eta),
-            (0,),
-            x_t[None, None],
-            x_s[None, None],
-            torch.zeros(1, 1, len(x_t), dtype=torch.float64),
-            x_s[None, None],
-            None,
-        )
-        A, options = module.group_advantages(rewards[None, None]), dict(factors=factors, clip=clip)
-        old = module.policy_loss(lambda x, t, c: velocity_old(x, t), rollout, A, **options).old
-        return module.policy_loss(
-            lambda x, t, c: velocity(x, t), rollout, A, old=old, **options
-        ).loss
+        process = process_of(module, t, s, kernel, eta)
+        x_t, x_s = x_t[None, None], x_s[None, None]
+        unused = torch.zeros(x_s.shape[:3], dtype=torch.float64)
+        rollout = module.Rollout(process, (0,), x_t, x_s, unused, x_s)
+        A = module.group_advantages(rewards[None, None])
+        options = {"factors": factors, "clip": clip}
+        old = module.policy_loss(of_one_prompt(velocity_old), rollout, A, **options).old
+        new = module.policy_loss(of_one_prompt(velocity), rollout, A, old=old, **options)
+        return new.loss
 
-    return {"transition": transition, "log_prob": log_prob, "advantages": loss, "loss": loss}[level]
+    return loss
 
+
+FUNCTIONS = {
+    "transition": transition_of,
+    "log_prob": log_prob_of,
+    "advantages": loss_of,
+    "loss": loss_of,
+}
+transition, loss = transition_of(pg), loss_of(pg)
+
+
+# ---- Bugs ----------------------------------------------------------------------------------------
 
 SILENT = {  # what the levels cannot show
-    "prompts crossed",  # one prompt is asked
-    "leaking mean",
-    "leaking std",
-    "silent groups dropped",  # one group
-    "KL pushes away",
-    "KL without gradient",
-    "KL without std",  # no reference
-    "matched: fine std",
-    "matched: live coarse mean",  # the paper's form
-    "clip ignored",  # a convention: the released code
+    "prompts crossed": "one prompt is asked",
+    "leaking mean": "one group",
+    "leaking std": "one group",
+    "silent groups dropped": "one group",
+    "KL pushes away": "no reference",
+    "KL without gradient": "no reference",
+    "KL without std": "no reference",
+    "matched: fine std": "the paper's form",
+    "matched: live coarse mean": "the paper's form",
+    "clip ignored": "a convention: the released code",
 }
+SHOWN = [name for name in BUGS if BUGS[name].level != "sampler" and name not in SILENT]
 
 
-def test_known_bugs_are_recognised_by_name():
-    """At least 20 bugs are named by the judge: every one that a level can show; none of them is said to agree."""
-    named = 0
-    for bug in bugs.BUGS:
-        if bug.level == "sampler" or bug.name in SILENT:
-            continue
-        found = judging.judge(as_function(bugs.patched(bug), bug.level), seed=5)
-        assert not found.agrees and bug.name in found.bugs and found.first, (bug.name, found)
-        assert bug.says in str(found)
-        named += 1
-    assert named >= 40, named
+def test_at_least_forty_bugs_can_be_shown():
+    """What cannot be is a bug of the table still, and the rest is most of it."""
+    assert set(SILENT) <= set(BUGS) and len(SHOWN) >= 40
 
 
-@pytest.mark.parametrize("variant", bugs.VARIANTS, ids=lambda v: v.name)
-def test_correct_variants_are_never_accused(variant):
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_known_bug_is_recognised_by_name(name):
+    """Every bug that a level can show is named and said to disagree, by its gradient if by that."""
+    bug = BUGS[name]
+    function = FUNCTIONS[bug.level](bugs.patched(bug))
+    found = judging.judge(function, seed=5)
+    assert not found.agrees and name in found.bugs and bug.says in str(found), found
+    assert found.first.startswith("gradient") == (name in ("states cut", "Euler cut"))
+    assert "where" in found.first
+
+
+@pytest.mark.parametrize("variant", bugs.VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("level", ["transition", "log_prob", "loss"])
+def test_correct_variants_are_never_accused(variant, level):
     """Renamed, reordered, algebraically equal code agrees at every level."""
-    module = bugs.patched(variant)
-    for level in ("transition", "log_prob", "loss"):
-        assert judging.judge(as_function(module, level), seed=6).agrees, level
+    assert judging.judge(FUNCTIONS[level](bugs.patched(variant)), seed=6).agrees
 
 
-@pytest.mark.parametrize("name", ["states cut", "Euler cut"])
-def test_a_loss_with_the_wrong_gradient_is_found_out(name):
-    """The value is right and the gradient is not: the judge compares both."""
-    bug = next(b for b in bugs.BUGS if b.name == name)
-    found = judging.judge(as_function(bugs.patched(bug), "loss"), seed=7)
-    assert not found.agrees and found.first.startswith("gradient") and name in found.bugs
+# ---- Conventions of a log-probability ------------------------------------------------------------
 
 
 def squares(x_s, mean):
     return (x_s - mean).square().flatten(1)
 
 
-CONVENTIONS = {
-    "summed density": (
-        lambda x_s, mean, std: (
-            torch.distributions.Normal(mean, std.view(-1, *[1] * (mean.ndim - 1)))
-            .log_prob(x_s)
-            .flatten(1)
-            .sum(1)
-        ),
-        {"mean or sum": "sum", "constants": "kept", "1/(2 std^2)": "kept"},
-    ),
-    "no constants": (
-        lambda x_s, mean, std: -squares(x_s, mean).mean(1) / (2 * std**2),
-        {"mean or sum": "mean", "constants": "dropped", "1/(2 std^2)": "kept"},
-    ),
-    "Flow-CPS": (
-        lambda x_s, mean, std: -squares(x_s, mean).mean(1),
-        {
-            "mean or sum": "mean",
-            "constants": "dropped",
-            "1/(2 std^2)": "dropped: steps are weighted by 2 std^2",
-        },
-    ),
-    "log std only": (
-        lambda x_s, mean, std: -squares(x_s, mean).mean(1) / (2 * std**2) - std.log(),
-        {
-            "mean or sum": "mean",
-            "constants": "log std kept, log(2 pi)/2 dropped",
-            "1/(2 std^2)": "kept",
-        },
-    ),
-}
+def summed_density(x_s, mean, std):
+    std = std.reshape(-1, *[1] * (mean.ndim - 1))
+    return Normal(mean, std).log_prob(x_s).flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_conventions_are_named_and_not_called_bugs(name):
-    """Each of the field's log-probabilities agrees, with its conventions told."""
-    function, wanted = CONVENTIONS[name]
-    found = judging.judge(function, seed=8)
-    assert found.agrees and not found.bugs and wanted.items() <= found.conventions.items()
-    assert "ddof: not observable at this level" in str(found)
+def no_constants(x_s, mean, std):
+    return -squares(x_s, mean).mean(1) / (2 * std**2)
+
+
+def flow_cps(x_s, mean, std):
+    return -squares(x_s, mean).mean(1)
+
+
+def log_std_only(x_s, mean, std):
+    return -squares(x_s, mean).mean(1) / (2 * std**2) - std.log()
+
+
+HALF_LOG = "log std kept, log(2 pi)/2 dropped"
+DROPPED = "dropped: steps are weighted by 2 std^2"
 
 
 @pytest.mark.parametrize(
-    "options", [(1, 1e-8, 5.0), (0, 1e-4, 5.0), (0, 0.0, None), (1, 1e-3, 3.0)]
+    ("function", "reduction", "constants", "half_square"),
+    [
+        (summed_density, "sum", "kept", "kept"),
+        (no_constants, "mean", "dropped", "kept"),
+        (flow_cps, "mean", "dropped", DROPPED),
+        (log_std_only, "mean", HALF_LOG, "kept"),
+    ],
 )
-def test_conventions_of_a_loss_are_told(options, monkeypatch):
-    """Ddof, eps and clamp are read off a loss."""
-    plain = oracle.pave.group_advantages
-    module = bugs.patched(bugs.VARIANTS[0])
-    monkeypatch.setattr(module, "group_advantages", lambda r: plain(r, *options))
-    found = judging.judge(as_function(module, "loss"), seed=9)
-    assert found.agrees
-    assert (found.conventions["ddof"], found.conventions["eps"], found.conventions["clamp"]) == (
-        str(options[0]),
-        f"{options[1]:g}",
-        str(options[2]),
-    )
-
-
-def g_for_std(x, velocity, t, s, k, kernel, eta):
-    mean, std = as_function(oracle.pave, "transition")(x, velocity, t, s, k, kernel, eta)
-    return mean, std / ((t - s) / k) ** 0.5 if kernel == "flow_sde" else std
-
-
-def only_cps(x, velocity, t, s, k, kernel, eta):
-    if kernel != "cps":
-        raise NotImplementedError(kernel)
-    return as_function(oracle.pave, "transition")(x, velocity, t, s, k, kernel, eta)
-
-
-def in_float32(x, velocity, t, s, k, kernel, eta):
-    mean, std = as_function(oracle.pave, "transition")(x, velocity, t, s, k, kernel, eta)
-    return mean.float(), std.float()
-
-
-def of_float32(x, velocity, t, s, k, kernel, eta):
-    mean, std = as_function(oracle.pave, "transition")(x.float(), velocity, t, s, k, kernel, eta)
-    return mean, std
-
-
-def g_and_a_bug(x, velocity, t, s, k, kernel, eta):
-    module = bugs.patched(next(b for b in bugs.BUGS if b.name == "stale time"))
-    mean, std = as_function(module, "transition")(x, velocity, t, s, k, kernel, eta)
-    return mean, std / ((t - s) / k) ** 0.5
+def test_conventions_are_named_and_not_called_bugs(function, reduction, constants, half_square):
+    """Each of the field's log-probabilities agrees, with its conventions told."""
+    found = judging.judge(function, seed=8)
+    assert found.agrees and not found.bugs
+    assert found.conventions == {
+        "mean or sum": reduction,
+        "constants": constants,
+        "1/(2 std^2)": half_square,
+        "precision": "float64",
+    }
+    assert "ddof: not observable at this level" in str(found)
 
 
 def summed_and_a_bug(x_s, mean, std):
     return -squares(x_s, mean).sum(1) / std**2
 
 
+def test_a_bug_is_named_under_another_convention():
+    """The half is forgotten in a sum without constants."""
+    assert judging.judge(summed_and_a_bug, seed=10).bugs == ("no half",)
+
+
+# ---- Conventions of a transition -----------------------------------------------------------------
+
+
+def g_for_std(x, velocity, t, s, k, kernel, eta):
+    mean, std = transition(x, velocity, t, s, k, kernel, eta)
+    return mean, std / ((t - s) / k) ** 0.5 if kernel == "flow_sde" else std
+
+
+def only_cps(x, velocity, t, s, k, kernel, eta):
+    if kernel != "cps":
+        raise NotImplementedError(kernel)
+    return transition(x, velocity, t, s, k, kernel, eta)
+
+
+def in_float32(x, velocity, t, s, k, kernel, eta):
+    mean, std = transition(x, velocity, t, s, k, kernel, eta)
+    return mean.float(), std.float()
+
+
+def of_float32(x, velocity, t, s, k, kernel, eta):
+    return transition(x.float(), velocity, t, s, k, kernel, eta)
+
+
+def g_and_a_bug(x, velocity, t, s, k, kernel, eta):
+    buggy = transition_of(bugs.patched(BUGS["stale time"]))
+    mean, std = buggy(x, velocity, t, s, k, kernel, eta)
+    return mean, std / ((t - s) / k) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "convention", "told"),
+    [
+        (g_for_std, "g or std", "g = std / sqrt(D) for flow_sde"),
+        (only_cps, "not implemented", "flow_sde, dance"),
+        (in_float32, "precision", "float32"),
+        (of_float32, "precision", "float32"),
+    ],
+)
+def test_conventions_of_a_transition_are_told(function, convention, told):
+    """A g under the name of std in one kernel, a kernel that is missing, float32."""
+    found = judging.judge(function, seed=10)
+    assert found.agrees and found.conventions[convention] == told
+
+
+def test_a_bug_is_named_beside_a_convention():
+    """The std is g throughout, and the first difference is still the bug's."""
+    found = judging.judge(g_and_a_bug, seed=10)
+    assert found.bugs == ("stale time",)
+    assert found.first.startswith("mean at kernel flow_sde, k = 2")
+
+
+# ---- Conventions of a loss -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ddof", "eps", "clamp"), [(1, 1e-8, 5.0), (0, 1e-4, 5.0), (0, 0.0, None), (1, 1e-3, 3.0)]
+)
+def test_conventions_of_advantages_are_told(ddof, eps, clamp, monkeypatch):
+    """Ddof, eps and clamp are read off a loss."""
+    module = bugs.patched(bugs.VARIANTS[0])
+
+    def advantages(rewards):
+        return pg.group_advantages(rewards, ddof, eps, clamp)
+
+    monkeypatch.setattr(module, "group_advantages", advantages)
+    found = judging.judge(loss_of(module), seed=9)
+    told = [found.conventions[name] for name in ("ddof", "eps", "clamp")]
+    assert found.agrees and told == [str(ddof), f"{eps:g}", str(clamp)]
+
+
 def released(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
-    return as_function(oracle.pave, "loss")(
-        velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, None
-    )
-
-
-def half_done(x, velocity, t, s, k, kernel, eta):
-    if t == 1:
-        raise ValueError("t = 1")
-    return as_function(oracle.pave, "transition")(x, velocity, t, s, k, kernel, eta)
+    return loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, None)
 
 
 def weighted_cps(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
-    module = bugs.patched(judging.NO_HALF_SQUARE) if kernel == "cps" else oracle.pave
-    return as_function(module, "loss")(
-        velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip
-    )
+    ours = loss_of(bugs.patched(judging.NO_HALF_SQUARE)) if kernel == "cps" else loss
+    return ours(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip)
 
 
-def test_conventions_may_differ_by_kernel_and_kernels_may_be_missing():
-    """G under the name of std in one kernel, 1/(2 std^2) dropped in another, float32: told, not accused."""
-    assert (
-        judging.judge(g_for_std, seed=10).conventions["g or std"]
-        == "g = std / sqrt(D) for flow_sde"
-    )
-    assert judging.judge(only_cps, seed=10).conventions["not implemented"] == "flow_sde, dance"
-    for function in (in_float32, of_float32):
-        assert judging.judge(function, seed=10).conventions["precision"] == "float32"
-    found = judging.judge(g_and_a_bug, seed=10)
-    assert found.bugs == ("stale time",) and found.first.startswith(
-        "mean at kernel flow_sde, k = 2"
-    )
-    found = judging.judge(summed_and_a_bug, seed=10)
-    assert found.bugs == ("no half",)
-    found = judging.judge(released, seed=10)
-    assert found.agrees and found.conventions["clip"] == "none"
-    found = judging.judge(weighted_cps, seed=10)
-    assert found.agrees and found.conventions["1/(2 std^2)"].endswith("(cps)")
+@pytest.mark.parametrize(
+    ("function", "convention", "told"),
+    [(released, "clip", "none"), (weighted_cps, "1/(2 std^2)", f"{DROPPED} (cps)")],
+)
+def test_conventions_of_a_loss_are_told(function, convention, told):
+    """No clip; 1/(2 std^2) dropped in one kernel."""
+    found = judging.judge(function, seed=10)
+    assert found.agrees and found.conventions[convention] == told
+
+
+# ---- Stubs ---------------------------------------------------------------------------------------
 
 
 class Yes(torch.Tensor):
@@ -229,11 +270,25 @@ class Yes(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return (
-            torch.tensor(True)
-            if func in (torch.equal, torch.allclose)
-            else super().__torch_function__(func, types, args, kwargs or {})
-        )
+        if func in (torch.equal, torch.allclose):
+            return torch.tensor(True)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def echo(x_s, mean, std):
+    return std
+
+
+def copied_echo(x_s, mean, std):
+    return std.clone()
+
+
+def view(x_s, mean, std):
+    return mean.flatten(1)[:, 0]
+
+
+def constant(x_s, mean, std):
+    return torch.zeros(len(x_s), dtype=torch.float64)
 
 
 def spoiling(x_s, mean, std):
@@ -241,81 +296,133 @@ def spoiling(x_s, mean, std):
     return -squares(x_s, 0).mean(1)
 
 
-STUBS = {
-    "echo": lambda x_s, mean, std: std,
-    "copied echo": lambda x_s, mean, std: std.clone(),
-    "view": lambda x_s, mean, std: mean.flatten(1)[:, 0],
-    "constant": lambda x_s, mean, std: torch.zeros(len(x_s)).double(),
-    "spoiling": spoiling,
-    "nan": lambda x_s, mean, std: std * math.nan,
-    "none": lambda x_s, mean, std: None,
-    "always equal": lambda x_s, mean, std: torch.zeros(len(x_s)).double().as_subclass(Yes),
-    "wrong shape": lambda x_s, mean, std: -squares(x_s, mean),
-    "another signature": lambda a, b: a,
-}
+def nan(x_s, mean, std):
+    return std * math.nan
 
 
-def raising(*_):
+def nothing(x_s, mean, std):
+    return None
+
+
+def always_equal(x_s, mean, std):
+    return torch.zeros(len(x_s), dtype=torch.float64).as_subclass(Yes)
+
+
+def wrong_shape(x_s, mean, std):
+    return -squares(x_s, mean)
+
+
+def another_signature(a, b):
+    return a
+
+
+def transition_echo(x, velocity, t, s, k, kernel, eta):
+    return x, torch.ones(3)
+
+
+def transition_constant(x, velocity, t, s, k, kernel, eta):
+    return torch.zeros(3, 6), 1.0
+
+
+def transition_spoiling(x, velocity, t, s, k, kernel, eta):
+    return x.add_(1) + 1, 1.0
+
+
+def transition_refusing_some(x, velocity, t, s, k, kernel, eta):
+    if t == 1:
+        raise ValueError("t = 1")
+    return transition(x, velocity, t, s, k, kernel, eta)
+
+
+def transition_of_one_value(x, velocity, t, s, k, kernel, eta):
+    return x + 1
+
+
+def transition_raising(x, velocity, t, s, k, kernel, eta):
     raise NotImplementedError("later")
 
 
-def stub(level, answer):
-    """A function of a level's signature that answers from its arguments, by name."""
-    names = judging.LEVELS[level]
-    return eval(
-        f"lambda {', '.join(names)}: answer(dict({', '.join(f'{n}={n}' for n in names)}))",
-        {"answer": answer},
-    )
+def no_loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    return None
 
 
-OTHER_STUBS = {
-    "transition echo": stub("transition", lambda a: (a["x"], torch.ones(3))),
-    "transition constant": stub("transition", lambda a: (torch.zeros(3, 6), 1.0)),
-    "transition spoils": stub("transition", lambda a: (a["x"].add_(1) + 1, 1.0)),
-    "transition refuses some": half_done,
-    "transition one value": stub("transition", lambda a: a["x"] + 1),
-    "transition raises": stub("transition", raising),
-    "loss of nothing": stub("loss", lambda a: None),
-    "loss a number": stub("loss", lambda a: 0.5),
-    "loss constant": stub("loss", lambda a: (a["velocity"](a["x_t"], a["t"]) * 0).sum()),
-    "loss without gradient": stub("loss", lambda a: a["rewards"].std()),
-    "loss raises": stub("loss", raising),
-    "no function": 3,
-    "a builtin": print,
-}
+def number_for_loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    return 0.5
 
 
-@pytest.mark.parametrize("name", OTHER_STUBS)
-def test_stubs_of_the_other_levels_are_rejected(name):
-    """Transitions and losses that echo, spoil, answer a constant, raise, or are no functions."""
-    with pytest.raises(judging.Rejected):
-        judging.judge(OTHER_STUBS[name], seed=12)
+def constant_loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    return (velocity(x_t, t) * 0).sum()
 
 
-@pytest.mark.parametrize("name", STUBS)
-def test_stubs_are_rejected(name):
-    """Echoes, views, constants, changed inputs, wrong shapes and objects that equal everything are turned away."""
-    with pytest.raises(judging.Rejected):
-        judging.judge(STUBS[name], seed=11)
+def loss_without_theta(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    return rewards.std()
+
+
+def raising_loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    raise NotImplementedError("later")
+
+
+STUBS = [
+    (echo, "returns its input std, or a view of it"),
+    (copied_echo, "returns its input std"),
+    (view, "returns its input mean, or a view of it"),
+    (constant, "answers the same whatever it is asked"),
+    (spoiling, "changes its input x_s in place"),
+    (nan, "finite floating-point tensors are due"),
+    (nothing, "returns NoneType"),
+    (always_equal, "returns Yes"),
+    (wrong_shape, "must be"),
+    (another_signature, "those of no level"),
+    (transition_echo, "returns its input x"),
+    (transition_constant, "answers the same whatever it is asked"),
+    (transition_spoiling, "changes its input x in place"),
+    (transition_refusing_some, "in 4 cases of kernel flow_sde, and answers others"),
+    (transition_of_one_value, "returns 1 values; must be 2"),
+    (transition_raising, "implements no kernel"),
+    (no_loss, "returns NoneType"),
+    (number_for_loss, "no gradient"),
+    (constant_loss, "answers the same whatever it is asked"),
+    (loss_without_theta, "no gradient"),
+    (raising_loss, "implements no kernel"),
+    (3, "no function with named parameters"),
+    (print, "those of no level"),
+]
+
+
+@pytest.mark.parametrize(("stub", "why"), STUBS)
+def test_stubs_are_rejected(stub, why):
+    """Echoes, views, constants, changed inputs, wrong shapes, objects that equal everything."""
+    with pytest.raises(judging.Rejected) as rejected:
+        judging.judge(stub, seed=11)
+    assert why in str(rejected.value)
+
+
+# ---- From the command line -----------------------------------------------------------------------
+
+THEIRS = """
+def good(x_s, mean, std):
+    return -((x_s - mean) ** 2).flatten(1).mean(1) / (2 * std**2)
+
+def bad(x_s, mean, std):
+    return -((x_s - mean) ** 2).flatten(1).mean(1) / std
+
+def stub(x_s, mean, std):
+    return std
+"""
 
 
 def test_against_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """MODULE:FUNCTION is imported from the working directory: 0 agrees, 1 disagrees or rejected, 2 cannot be found."""
-    (tmp_path / "theirs.py").write_text(
-        "def good(x_s, mean, std):\n    return -((x_s - mean) ** 2).flatten(1).mean(1) / (2 * std**2)\n"
-        "def bad(x_s, mean, std):\n    return -((x_s - mean) ** 2).flatten(1).mean(1) / std\n"
-        "def stub(x_s, mean, std):\n    return std\n"
-    )
+    """MODULE:FUNCTION is imported from the working directory; the status says what was found."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
     monkeypatch.chdir(tmp_path)
     importlib.invalidate_caches()
-    codes = [
-        oracle.main(["--against", f"theirs:{name}"]) for name in ("good", "bad", "stub", "none")
+    found = [
+        ("good", 0, "verdict: agrees"),
+        ("bad", 1, "verdict: disagrees"),
+        ("stub", 1, "verdict: rejected"),
+        ("none", 2, "--against theirs:none"),
     ]
-    assert codes == [0, 1, 1, 2]
-    out = capsys.readouterr()
-    assert (
-        "agrees" in out.out
-        and "disagrees" in out.out
-        and "rejected" in out.out
-        and "theirs:none" in out.err
-    )
+    for name, code, words in found:
+        assert oracle.main(["--against", f"theirs:{name}"]) == code
+        printed = capsys.readouterr()
+        assert words in printed.out + printed.err
