@@ -1,0 +1,240 @@
+"""train.py on tiny pipelines of the real classes: pictures, weights and steps, on 1 and 2 ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from safetensors.torch import load_file
+
+from zoo.shapes import model as shapes_model
+from zoo.training.command_line import parse
+from zoo.training.options import policy_of, prompts_of
+
+pytestmark = pytest.mark.usefixtures("one_process")
+ROOT = Path(__file__).parents[2]
+SGD = "--optimizer sgd --lr 10 --max-grad-norm inf"
+JUDGE = "zoo.rewards.example:contrast"
+
+
+def distance(a, b):
+    return math.sqrt(sum((a[name].float() - b[name].float()).square().sum().item() for name in a))
+
+
+def summary_of(out):
+    return json.loads(Path(out, "summary.json").read_text())
+
+
+def start_of(folder):
+    """The transformer's weights in a pipeline's folder."""
+    return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+# ---- What is saved -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_lora_run_gives_plain_diffusers_our_pictures(folders, flags, run, name, capsys):
+    """load_lora_weights on the saved folder makes the run's pictures, not the released ones."""
+    more = "--rank 2 --alpha 6 --lr 0.5 --sigmas pipeline"
+    metrics, _ = run(name, "run", more)
+    printed = capsys.readouterr().out
+    assert "line 2: empty, left out" in printed and "line 4: 'a red dog' is line 1 again" in printed
+    assert "of which CLIPTokenizer reads 77" in printed and "trained (4 forwards each)" in printed
+    assert metrics["reward"] == pytest.approx(2 * metrics["reward_zoo.rewards.example:warmth"])
+    assert metrics["grad_norm"] > 0
+    summary = summary_of("run")
+    assert summary["weights"] == "lora" and set(summary["heldout"]["after"]) == {"2"}
+    for picture in ("before_after.png", "curve.png"):
+        assert Path("run", picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    pipe = DiffusionPipeline.from_pretrained(str(folders[name]), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
+    o = parse(flags(name, more))
+    asked, noise = prompts_of(o).pairs(policy_of(o).shape, 4)
+
+    def contrast():
+        with torch.no_grad():
+            images = pipe(
+                asked,
+                height=32,
+                width=32,
+                num_inference_steps=2,
+                guidance_scale=o.guidance,
+                latents=noise.clone(),
+                output_type="pt",
+            ).images
+        return images.float().flatten(1).std(1).mean().item()
+
+    released = contrast()
+    pipe.load_lora_weights("run/lora")
+    theirs = [released, contrast()]
+    ours = [summary["heldout"][when]["2"][JUDGE] for when in ("before", "after")]
+    assert ours == pytest.approx(theirs, abs=2e-5) and abs(ours[1] - ours[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("sd3", SD3Transformer2DModel), ("flux", FluxTransformer2DModel)]
+)
+def test_a_full_run_saves_what_from_pretrained_loads(folders, run, name, cls):
+    """Every weight of the class, moved by an SGD step; in the dtype of computation."""
+    run(name, "run", f"{SGD} --tune full")
+    start = cls.from_pretrained(str(folders[name] / "transformer")).state_dict()
+    moved = cls.from_pretrained("run/transformer").state_dict()
+    assert set(start) == set(moved) and distance(start, moved) > 1e-3
+    _, halves = run(name, "half", f"{SGD} --tune full --dtype bfloat16")
+    assert {w.dtype for w in halves.values()} == {torch.bfloat16} and distance(start, halves) > 1e-3
+
+
+def test_the_average_is_what_is_saved_and_judged(folders, run):
+    """EMA of decay 1/2 over two steps is (theta_0 + theta_1 + 2 theta_2) / 4; no step sees it."""
+    more = f"{SGD} --tune full --iterations"
+    kept = [start_of(folders["flux"])]
+    kept += [run("flux", f"plain{n}", f"{more} {n}")[1] for n in (1, 2)]
+    _, average = run("flux", "ema", f"{more} 2 --ema 0.5 --eval-every 1")
+    wanted = {name: (kept[0][name] + kept[1][name] + 2 * kept[2][name]) / 4 for name in average}
+    step = distance(kept[0], kept[2])
+    assert distance(average, wanted) <= 1e-5 * step < 1e-2 * distance(average, kept[2])
+    plain, ema = summary_of("plain2")["heldout"], summary_of("ema")["heldout"]
+    assert plain["before"] == ema["before"] and plain["after"] != ema["after"]
+
+
+# ---- The same gradient ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_batches_and_checkpointing_change_memory_and_not_the_step(folders, flags, run, name):
+    """All four batch flags and gradient checkpointing: the same samples and SGD step.
+
+    To float32 rounding: rows of other batch shapes round otherwise, relative 1e-5 of a step; a lost
+    part or weight, or another's text, is an error of order 1.
+    """
+    o = parse(flags(name))
+    drawn, _ = prompts_of(o).draw(o.seed, 1, range(o.prompts_per_iteration))
+    assert len(set(drawn)) == 2  # so that a part that asks for the wrong one is seen
+    common = f"{SGD} --tune full --kl 0.1 --updates 2"
+    at_once = "--rollout-batch 0 --decode-batch 0 --reward-batch 0 --update-batch 0"
+    small = "--rollout-batch 2 --decode-batch 5 --reward-batch 7 --update-batch 1"
+    metrics, whole = run(name, "run", f"{common} --no-checkpointing {at_once}")
+    others = (
+        run(name, "small", f"{common} --checkpointing {small}"),
+        run(name, "threes", f"{common} --no-checkpointing --rollout-batch 3 --update-batch 3"),
+    )
+    step = distance(start_of(folders[name]), whole)
+    for other, weights in others:
+        assert distance(weights, whole) <= 1e-4 * step
+        assert other["reward"] == pytest.approx(metrics["reward"], abs=1e-6)
+        for key in ("grad_norm", "kl", "ratio_2", "ratio_3_max", "clip_fraction_1"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-3), key
+    assert metrics["kl"] > 0 and metrics["ratio_1"] != 1
+
+
+def test_one_rank_and_two_ranks_take_the_same_step(folders, flags):
+    """The embedded model and LoRA replicated, and full sharded with an EMA and a sharded reference.
+
+    The same noise bit for bit, the same samples and SGD steps to float32 rounding. Each rank sees
+    half the prompts, so matrix products are split otherwise: relative error about 1e-5 of the
+    steps, and a bound ten times that. Forgetting to average is an error of order 1.
+    """
+    common = f"{SGD} --iterations 2 --eval-every 1 --threads 1"
+    embedded = (
+        "--prompts-per-iteration 2 --group-size 4 --steps 4 --sde-steps 0 1 --heldout 4 "
+        f"--eval-steps 1 --warmup 0 --device cpu {common} --lr 0.1"
+    )
+    jobs = {
+        "embedded": embedded.split(),
+        "lora": flags("sd3", f"--rank 2 --alpha 4 {common}"),
+        "full": flags("sd3", f"--tune full --kl 0.1 --ema 0.5 {common}"),
+    }
+    Path("jobs.json").write_text(json.dumps(jobs))
+    script = [str(ROOT / "tests" / "two_ranks.py"), "jobs.json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for launch, out in (([], "one"), (torchrun, "two")):
+        command = [sys.executable, *launch, *script, out]
+        subprocess.run(command, check=True, timeout=120, env=environment)
+
+    alone, *both = (torch.load(f"{rank}-swap.pt") for rank in ("one-0", "two-0", "two-1"))
+    for sharded in both:  # before, averaged, after: no swap is missed
+        for a, b in zip(alone, sharded, strict=True):
+            assert (a - b).norm() <= 1e-4 * (alone[0] - alone[1]).norm()
+    starts = {"embedded": shapes_model.load().state_dict(), "full": start_of(folders["sd3"])}
+    for case in jobs:
+        same_noise(case)
+        same_steps(case, starts.get(case))
+        same_metrics(case)
+
+
+def same_noise(case):
+    """What two ranks drew is what one drew, iteration by iteration."""
+    one, *two = (torch.load(f"{rank}-{case}.pt") for rank in ("one-0", "two-0", "two-1"))
+    assert len(one) == 2
+    for whole, *halves in zip(one, *two, strict=True):
+        assert torch.equal(whole, torch.cat(halves))
+
+
+def same_steps(case, start):
+    """The saved weights went the same way from the start, which is zero for adapters."""
+    one, two = (load_file(next(Path(f"{z}-{case}").rglob("*.safetensors"))) for z in ("one", "two"))
+    zero = start or {name: torch.zeros_like(w) for name, w in one.items()}
+    assert distance(one, zero) > 0
+    assert distance(one, two) <= 1e-4 * distance(one, zero)
+
+
+def same_metrics(case):
+    """What was measured on the way is the same."""
+    one, two = (Path(f"{z}-{case}/metrics.jsonl").read_text().splitlines() for z in ("one", "two"))
+    measured = {"reward", "grad_norm", "kl", f"heldout_{JUDGE}", "heldout_rule"}
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        for key in measured.intersection(a):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-7), (case, key)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(("name", "tune"), [("sd3", "lora"), ("flux", "full")])
+def test_a_gpu_takes_the_step_of_the_cpu(run, name, tune):
+    """In float32 the same judgement and norm of the gradient; in bfloat16 a finite step."""
+    common = f"--tune {tune} --kl 0.1 {SGD}"
+    cpu, _ = run(name, "cpu", common)
+    gpu, _ = run(name, "gpu", f"{common} --device cuda")
+    half, weights = run(name, "half", f"{common} --device cuda --dtype bfloat16")
+    before, there = (summary_of(out)["heldout"]["before"]["2"] for out in ("cpu", "gpu"))
+    assert before == pytest.approx(there, rel=1e-3)
+    assert cpu["grad_norm"] == pytest.approx(gpu["grad_norm"], rel=1e-2)
+    assert half["grad_norm"] > 0 and all(w.isfinite().all() for w in weights.values())
+    summary = summary_of("half")
+    assert summary["peak_memory_gib"] > 0 and "cpu" not in summary["device"]
+
+
+@pytest.mark.parametrize(("failing", "done"), [("warmth", 1), ("contrast", 2)])
+def test_a_reward_that_fails_ends_the_run_and_keeps_it(run, failing, done, monkeypatch, capsys):
+    """A reward or a judge that is NaN: one line with the prompt, status 2; what is done is saved.
+
+    The reward fails in the second iteration. The judge's third call is that of the end: before, it
+    judged a picture and all of the held-out ones.
+    """
+    good = {"warmth": 1, "contrast": 2}[failing]
+    calls = []
+
+    def failing_at_last(images, _):
+        calls.append(1)
+        return images.mean((1, 2, 3)) * (float("nan") if len(calls) == good + 1 else 1)
+
+    monkeypatch.setattr(f"zoo.rewards.example.{failing}", failing_at_last)
+    with pytest.raises(SystemExit) as stop:
+        run("flux", "run", "--iterations 2 --rank 2")
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(err) == 1
+    assert "of prompt '" in err[0] and "is nan: must be a finite" in err[0]
+    summary = summary_of("run")
+    assert summary["iterations"] == done and summary["interrupted"]
+    assert list(Path("run/lora").iterdir())
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
