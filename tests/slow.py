@@ -1,12 +1,12 @@
 """Algorithm 1 in slow plain loops, and small rollouts and networks to try it on.
 
-The slow functions are written from the equations in another form than pave_grpo.py: Euler-Maruyama
-and predicted ends where it has coefficients, one row where it has a batch, torch.distributions
-where it has a formula. They share no code with it, so that agreement means something.
-Velocities whose answers are known are those of zoo/oracle/fields.py.
+The slow functions are written from the equations in another form than pave_grpo.py: one row where
+it has a batch, torch.distributions where it has a formula, and a kernel's step as its record in
+zoo/oracle/theory.py defines it, by predicted ends or Euler-Maruyama, where it has coefficients.
+They share no code with it, so that agreement means something. Velocities whose answers are known
+are those of zoo/oracle/fields.py.
 """
 
-import math
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import pave_grpo as pg
+from zoo.oracle import theory
 from zoo.oracle.fields import Network, gaussian_velocity, nudged, shifted
 
 EPS = torch.finfo(torch.float64).eps  # one rounding is off by at most EPS / 2, relatively
@@ -93,14 +94,14 @@ def gradient(value, module):
 def derivative_along(direction, value, module):
     """d value(module with parameters theta + h direction)/dh at h = 0, by five points.
 
-    With h = 1e-3 the formula is off by h^4 f^(5)/30, about 1e-13 f^(5), and by 1e-14/h of rounding.
+    It is off by h^4 f^(5)/30, about 3e-18 f^(5), and by roundings of 1e-14/h = 1e-10.
     """
 
     def at(h):
         with torch.no_grad():
             return value(shifted(module, h * direction)).item()
 
-    h = 1e-3
+    h = 1e-4
     return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
 
 
@@ -121,32 +122,6 @@ class Counting:
 
 
 # ---- The algorithm, slowly -----------------------------------------------------------------------
-
-
-def slow_step(kernel, eta, t, s, x, v, t_1=None):
-    """(mean, std) of one SDE step in its derivation form; t, s are floats, x and v anything."""
-    x0_hat, x1_hat = x - t * v, x + (1 - t) * v
-    if kernel == "cps":  # the noise keeps cos(h) of what it was and gets sin(h) that is fresh
-        h = eta * math.pi / 2
-        return (1 - s) * x0_hat + s * math.cos(h) * x1_hat, s * math.sin(h)
-    if kernel == "dance":
-        g = eta
-    elif kernel == "flow_sde":
-        g = eta * math.sqrt(t / (1 - (t_1 if t == 1 else t)))
-    else:
-        raise KeyError(f"{kernel}: write down here what a step of this kernel is")
-    # Euler-Maruyama, backwards over D = t - s, on dx = (v - g^2/2 score) dt + g dw.
-    score = -x1_hat / t
-    return x - (t - s) * (v - g**2 / 2 * score), g * math.sqrt(t - s)
-
-
-def velocity_weights(kernel, eta, t, s, k, t_1=None):
-    """The w_j of mu^(k) = a_k x_t + sum_j w_j v_j: -a_k d for each Euler sub-step, then b_k."""
-    d = (t - s) / k
-    last = t - (k - 1) * d
-    a_k = slow_step(kernel, eta, last, s, 1.0, 0.0, t_1)[0]
-    b_k = slow_step(kernel, eta, last, s, 0.0, 1.0, t_1)[0]
-    return [-a_k * d] * (k - 1) + [b_k]
 
 
 class Observed(NamedTuple):
@@ -174,12 +149,12 @@ def observations(rollout):
 
 def slow_transition(velocity, process, k, step):
     """(mu^(k), c_k) of one observed step: k - 1 Euler sub-steps, then the SDE step to s."""
-    d, x, t = (step.t - step.s) / k, step.x_t, step.t
-    for j in range(k - 1):
-        x = x - d * velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
-        t = step.t - (j + 1) * d
-    v = velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
-    return slow_step(process.kernel, process.eta, t, step.s, x, v, process.grid[1].item())
+
+    def at(x, t):
+        return velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
+
+    record = theory.of(process.kernel, process.eta)
+    return record.decomposed(at, step.x_t, step.t, step.s, k)
 
 
 class Scored(NamedTuple):
@@ -224,12 +199,12 @@ def slow_rollout(velocity, process, x_1, z, prompt):
 
     z {i: [1, *event]} names the stochastic steps and holds their noise.
     """
-    x, observed, grid = x_1, {}, process.grid.tolist()
-    for i, (t, s) in enumerate(pairwise(grid)):
+    x, observed, record = x_1, {}, theory.of(process.kernel, process.eta)
+    for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
         with torch.no_grad():
             v = velocity(x, torch.tensor([t], dtype=x.dtype), prompt)
         if i in z:
-            mean, std = slow_step(process.kernel, process.eta, t, s, x, v, grid[1])
+            mean, std = record.step(x, v, t, s)
             observed[i] = x, mean + std * z[i]
             x = observed[i][1]
         else:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from slow import EPS, each_kernel, etas, kernels, network, normal, roll, seeds, slow_step, spans
+from slow import EPS, each_kernel, etas, kernels, network, normal, roll, seeds, spans
 from torch.distributions import Normal
 
 import pave_grpo as pg
+from zoo.oracle import theory
 
 
 def scalar(value):
@@ -46,52 +47,44 @@ def test_schedule_refuses(T, shift):
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-@given(
-    kernel=kernels,
-    span=spans,
-    eta=etas,
-    t_1=st.floats(0.5, 0.99),
-    x=st.floats(-4, 4),
-    v=st.floats(-4, 4),
-)
-@example(kernel="flow_sde", span=(1.0, 0.9), eta=0.7, t_1=0.9, x=1.0, v=-2.0)
-@example(kernel="flow_sde", span=(1.0, 0.3), eta=0.7, t_1=0.9, x=1.0, v=-2.0)
-@example(kernel="dance", span=(1.0, 0.0), eta=0.3, t_1=0.9, x=1.0, v=-2.0)
-@example(kernel="cps", span=(0.4, 0.0), eta=1.0, t_1=0.9, x=1.0, v=-2.0)
-def test_a_step_is_its_derivation(kernel, span, eta, t_1, x, v):
-    """a, b and std are those of Euler-Maruyama with score -x1_hat/t, or of mixed predicted ends.
-
-    A step from t = 1 has the g of the grid's second point t_1, wherever it ends.
-    """
-    t, s = span
-    process = pg.Process([1.0, t_1, 0.0], kernel, eta)
+@given(kernel=kernels, span=spans, eta=etas, x=st.floats(-4, 4), v=st.floats(-4, 4))
+@example(kernel="flow_sde", span=(1.0, 0.9), eta=0.7, x=1.0, v=-2.0)
+@example(kernel="dance", span=(1.0, 0.0), eta=0.3, x=1.0, v=-2.0)
+@example(kernel="cps", span=(0.4, 0.0), eta=1.0, x=1.0, v=-2.0)
+def test_a_step_is_its_definition(kernel, span, eta, x, v):
+    """a, b and std are those of the kernel's record, which knows predicted ends and a score."""
+    (t, s), record = span, theory.of(kernel, eta)
+    process = pg.Process([t, s], kernel, eta)
     a, b, std = process.coefficients(scalar(t), scalar(s))
     assert a.dtype == b.dtype == std.dtype == torch.float64
     # 10 roundings of terms below 1 + g^2 D/(2t) <= 1 + g^2, whose 1 - t is as good as 1/(1 - t).
-    g2, slack = 1.0, 1.0
-    if kernel == "flow_sde":
-        g2 = eta**2 / (1 - (t if t < 1 else t_1))
-        slack = 1 / (1 - t) if t < 1 else 1
-    bound = 10 * EPS * (1 + g2) * slack
-    want_a, want_std = slow_step(kernel, eta, t, s, 1.0, 0.0, t_1)
-    want_b, _ = slow_step(kernel, eta, t, s, 0.0, 1.0, t_1)
+    sensitivity = 1 / (1 - (t if t < 1 else s))
+    bound = 10 * EPS * (1 + eta**2 * sensitivity) * sensitivity
+    want_a, want_std = record.step(1.0, 0.0, t, s)
+    want_b, _ = record.step(0.0, 1.0, t, s)
     assert abs(a.item() - want_a) <= bound
     assert abs(b.item() - want_b) <= bound
     assert abs(std.item() - want_std) <= bound
 
     p = process.transition(scalar(x)[None], scalar(v)[None], scalar(t), scalar(s))
-    mean, _ = slow_step(kernel, eta, t, s, x, v, t_1)
-    assert abs(p.mean.item() - mean) <= 2 * 8 * bound  # |x| + |v| <= 8, and as much by slow_step
+    mean, _ = record.step(x, v, t, s)
+    assert abs(p.mean.item() - mean) <= 2 * 8 * bound  # |x| + |v| <= 8, and as much again
     assert torch.equal(p.std, std)
 
 
 @given(t_1=st.floats(0.01, 0.99), eta=etas)
 def test_flow_sde_at_one(t_1, eta):
-    """At t = 1 the convention gives a = 1 - eta^2/2, b = -D, std = eta for the step 1 -> t_1."""
-    a, b, std = pg.Process([1, t_1, 0], "flow_sde", eta).coefficients(scalar(1), scalar(t_1))
+    """At t = 1 the convention gives a = 1 - eta^2/2, b = -D, std = eta for the step 1 -> t_1.
+
+    g is that of the grid's second point t_1 even for a step that ends elsewhere.
+    """
+    process = pg.Process([1, t_1, 0], "flow_sde", eta)
+    a, b, std = process.coefficients(scalar(1), scalar(t_1))
     assert b.item() == -(1 - t_1)  # (1 - t)/2t is exactly 0 at t = 1
     # D/D rounds, and then a root.
     assert abs(a.item() - (1 - eta**2 / 2)) <= 4 * EPS and abs(std.item() - eta) <= 4 * EPS
+    far = process.coefficients(scalar(1), scalar(t_1 / 2)).std.item()  # D = 1 - t_1/2
+    assert abs(far - eta * math.sqrt((1 - t_1 / 2) / (1 - t_1))) <= 10 * EPS * far
 
 
 @each_kernel
