@@ -34,7 +34,6 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from zoo.oracle.claims import (
     Range,
     Statement,
     about,
+    holds_where,
     near,
     status_of,
 )
@@ -88,6 +88,7 @@ from zoo.oracle.measures import (
     condition,
     cosine,
     flat_gradient,
+    gradient_by_definition,
     group_pull,
     log_ratio,
     norms,
@@ -96,7 +97,6 @@ from zoo.oracle.measures import (
     turned,
     unit,
 )
-from zoo.oracle.theory import Theory
 
 CLAIMS = Claims()
 claim = CLAIMS.add
@@ -108,35 +108,6 @@ ATTRIBUTION, DENSITY, PARAMETERS, USE = report.TOPICS
 def place(**where: Any) -> dict[str, Any]:
     """Where a finding was made: kernel, k, rollouts, form, fixture."""
     return where
-
-
-def straight(theory: Theory) -> str:
-    """Holds for the kernels under which a straight flow decomposes exactly."""
-    return HOLDS if theory.straight else REFUTED
-
-
-def conserved(t: float, s: float) -> Callable[[Theory], str]:
-    """Holds for the kernels whose velocity weights add up in the step t -> s."""
-
-    def registered(theory: Theory) -> str:
-        return HOLDS if theory.conserves(t, s) else REFUTED
-
-    return registered
-
-
-def unbiased(theory: Theory) -> str:
-    """Holds for the kernels under which the gap of the means vanishes faster than c_k^2."""
-    return REFUTED if theory.bias(torch.ones(1), 2, 0.5).item() else HOLDS
-
-
-def lands(theory: Theory) -> str:
-    """Holds for the kernels that take the marginal of a point at t to the one at s."""
-    return HOLDS if theory.variance_after(0.6, 0.5) == 0.5**2 else REFUTED
-
-
-def reaches(theory: Theory) -> str:
-    """Holds for the kernels whose samples reach the data's variance."""
-    return HOLDS if theory.limit_variance(1.0) == 1.0 else REFUTED
 
 
 # ---- The claims ----------------------------------------------------------------------------------
@@ -180,26 +151,22 @@ SUMS = "64 roundings, of terms so much larger than their sum"
         "group's attribution keeps direction",
         HOLDS,
         SUMS,
-        Clause(
-            ATTRIBUTION,
-            "yes in direction, in groups that branch from one state",
-            "no: even a group that branches from one state loses its direction",
-        ),
+        Clause(ATTRIBUTION, "yes in direction at shared anchors", "no, not even at shared anchors"),
     ),
     Statement(
         "size",
         "its size is multiplied by (c_1/c_k)^2",
         HOLDS,
         SUMS,
-        Clause(ATTRIBUTION, "in size by (c_1/c_k)^2", "in size by an unknown factor"),
-        Clause(USE, "term weights that divide by (c_1/c_k)^2", ""),
+        Clause(ATTRIBUTION, "size times (c_1/c_k)^2", "size times an unknown factor"),
+        Clause(USE, "term weights over (c_1/c_k)^2", ""),
     ),
     Statement(
         "independent",
         "independent rollouts keep direction",
         REFUTED,
         SUMS,
-        Clause(ATTRIBUTION, "yes in independent rollouts", "no in independent rollouts"),
+        Clause(ATTRIBUTION, "yes if independent", "no if independent"),
     ),
     Statement("clamped", "a clamp of A that acts keeps direction", REFUTED, SUMS),
     on_model=True,
@@ -258,12 +225,7 @@ SAMPLED = f"{Z:.1f} standard errors of {SAMPLES:,} samples"
         SAMPLED,
         Clause(DENSITY, "yes in the mean ratio", "no: its ratio is no importance ratio"),
     ),
-    Statement(
-        "ratio_formula",
-        "its mean is exp(delta.gap/c_k^2 + ..)",
-        HOLDS,
-        SAMPLED,
-    ),
+    Statement("ratio_formula", "its mean is exp(delta.gap/c_k^2 + ..)", HOLDS, SAMPLED),
     Statement("score", "its score is centred", REFUTED, SAMPLED),
     Statement("score_formula", "its mean score is gap/c_k^2", HOLDS, SAMPLED),
     Statement("spread", "its log varies (c_1/c_k)^2 as much", HOLDS, SAMPLED),
@@ -307,6 +269,7 @@ def both(
 
 CHAIN = "10 roundings in each of k sub-steps, of numbers below 30"
 GRADIENTS = "10^4 roundings: 36 members, 1/c^2 below 100"
+STRAIGHT = holds_where(lambda theory: theory.straight)
 
 
 @claim(
@@ -314,15 +277,15 @@ GRADIENTS = "10^4 roundings: 36 members, 1/c^2 below 100"
     Statement(
         "density",
         "on straight flows p^(k) is p^(1)",
-        straight,
+        STRAIGHT,
         CHAIN,
         Clause(DENSITY, "yes on straight flows", ""),
     ),
-    Statement("ratio", "so is the ratio of an updated theta", straight, CHAIN),
+    Statement("ratio", "so is the ratio of an updated theta", STRAIGHT, CHAIN),
     Statement("gradient", "d mu^(k) is sum w_j / b_1 of d mu^(1)", HOLDS, CHAIN),
     Statement("gap", "the means differ by the gap predicted", HOLDS, CHAIN),
     Statement("direction", "parameter gradients keep direction", HOLDS, GRADIENTS),
-    Statement("independent", "so they do in independent rollouts", straight, GRADIENTS),
+    Statement("independent", "so they do in independent rollouts", STRAIGHT, GRADIENTS),
 )
 def e4(bench: Bench) -> Measurements:
     """On straight flows cps decomposes exactly: the same density, gradient and ratio for every
@@ -390,6 +353,11 @@ def straight_gradient(bench: Bench, kernel: str, name: str, mode: str) -> Measur
 
 STEPS = {"middle": POINT, "start": (1.0, 0.8), "end": (0.3, 0.0)}
 SUB_STEPS = "20 roundings in each of k sub-steps"
+CONSERVED = {
+    "middle": holds_where(lambda theory: theory.conserves(*STEPS["middle"])),
+    "start": holds_where(lambda theory: theory.conserves(*STEPS["start"])),
+    "end": holds_where(lambda theory: theory.conserves(*STEPS["end"])),
+}
 
 
 @claim(
@@ -397,12 +365,12 @@ SUB_STEPS = "20 roundings in each of k sub-steps"
     Statement(
         "middle",
         "velocity weights add up, 0.7 to 0.55",
-        conserved(*STEPS["middle"]),
+        CONSERVED["middle"],
         SUB_STEPS,
-        Clause(USE, "{}, which keeps every weight", ""),
+        Clause(USE, "{} (keeps every weight)", ""),
     ),
-    Statement("start", "they add up, 1 to 0.8", conserved(*STEPS["start"]), SUB_STEPS),
-    Statement("end", "they add up, 0.3 to 0", conserved(*STEPS["end"]), SUB_STEPS),
+    Statement("start", "they add up, 1 to 0.8", CONSERVED["start"], SUB_STEPS),
+    Statement("end", "they add up, 0.3 to 0", CONSERVED["end"], SUB_STEPS),
     Statement("formula", "their sum is as predicted", HOLDS, SUB_STEPS),
 )
 def e5(bench: Bench) -> Measurements:
@@ -425,6 +393,9 @@ def e5(bench: Bench) -> Measurements:
                 yield Measured("formula", exact(abs(total - predicted), tolerance), **at)
 
 
+# 1 - cosine on the embedded model, for which there is no formula: 0.038 to 1.03 was observed over
+# seeds 0 to 4; registered with a factor of 3 to either side (and 1 - cosine is at most 2).
+EMBEDDED = Range(0.038 / 3, 2)
 SLOPE = "slope to 0.1, the same between neighbours"
 
 
@@ -442,14 +413,13 @@ SLOPE = "slope to 0.1, the same between neighbours"
         "the gap of the means over c_1 vanishes",
         CONVERGES,
         SLOPE,
-        Clause(PARAMETERS, "the means meet as steps shrink", "the means stay apart"),
+        Clause(PARAMETERS, "the means meet as D -> 0", "the means stay apart"),
     ),
     Statement(
         "bias",
         "the gap over c_k^2 vanishes too",
-        unbiased,
+        holds_where(lambda theory: not theory.biased),
         "1 % of x1_hat/(2t), at D = 2^-16",
-        Clause(PARAMETERS, "", "independent rollouts stay biased"),
     ),
     Statement("limit", "it tends to the bias predicted", CONVERGES, SLOPE),
     Statement("gradient", "d mu^(k) tends to its part of d mu^(1)", CONVERGES, SLOPE),
@@ -464,12 +434,15 @@ def e6(bench: Bench) -> Measurements:
     if bench.net_eps > bench.eps:
         return  # in half precision rounding alone turns gradients: see the comparison's cosines
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
-        coarse = term_gradient(scene, 1)
+        theory, coarse = bench.theory(where["kernel"]), term_gradient(scene, 1)
         for form in ("paper", "matched"):
             for k in bench.factors:
-                away = 1 - cosine(term_gradient(scene, k, form), coarse)
-                found, size = exact(away, 1e3 * bench.eps), Range(1e-9, 2)
-                yield Measured("parameters", found, size, k=k, form=form, **where)
+                away = exact(1 - cosine(term_gradient(scene, k, form), coarse), 1e3 * bench.eps)
+                size = EMBEDDED if not bench.model else Range(1e3 * bench.eps, 2)
+                if where["fixture"] != "embedded":
+                    wanted = [gradient_by_definition(scene, theory, j, form) for j in (1, k)]
+                    size = about(1 - cosine(*wanted))
+                yield Measured("parameters", away, size, k=k, form=form, **where)
     for kernel in () if bench.model else bench.kernels:
         for name in ("network", "rapid"):
             for k in bench.factors:
@@ -490,14 +463,13 @@ def e6(bench: Bench) -> Measurements:
         "matched: scored as it was sampled",
         HOLDS,
         "64 roundings x |x_s|/c, at most 0.05",
-        Clause(USE, "or the matched form", ""),
+        Clause(USE, "the matched form", ""),
     ),
     Statement(
         "attribution",
         "its attribution is the original's",
         HOLDS,
         "1000 roundings x |x_s|/c",
-        Clause(ATTRIBUTION, "the matched form keeps all of it", "the matched form loses it"),
     ),
     Statement("gradient", "and reaches theta through mu^(k) alone", HOLDS, "10^4 roundings"),
     Statement("ratio", "mean ratio of an updated theta is 1", HOLDS, SAMPLED),
@@ -509,11 +481,16 @@ def e7(bench: Bench) -> Measurements:
     original's, direction and size, in both rollout modes and for any advantages, and with summed
     log-probabilities its mean ratio is 1 for every theta.
     """
-    # At theta_old N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2) is N(mu^(1), c_1^2), which sampled.
+    # Proof: at theta_old, N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2) is N(mu^(1), c_1^2), which
+    # sampled. Hence its d log p / d mean is the original's, and d mean = d mu^(k).
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
         uncentred = scene._replace(advantages=scene.advantages + 0.5)
+        coarse = attribution(uncentred, 1)
         for k in bench.factors:
-            yield from matched_term(bench, uncentred, dict(where, k=k, form="matched"))
+            at = dict(where, k=k, form="matched")
+            yield from matched_term(bench, uncentred, coarse, at)
+            if where["fixture"] != "embedded":
+                yield from passed_on(bench, uncentred, at)
     for kernel in () if bench.model else bench.kernels:
         for name in ("network", "rapid"):
             for k in bench.factors:
@@ -523,31 +500,31 @@ def e7(bench: Bench) -> Measurements:
                 yield Measured("ratio", statistic(u.ratio, 1.0, u.se, 0.05, SAMPLES), **at)
 
 
-def matched_term(bench: Bench, scene: Scene, at: dict[str, Any]) -> Measurements:
-    """The term as policy_loss computes it, beside the density stored while sampling."""
-    field, rollout, A, k = scene.field, scene.rollout, scene.advantages, at["k"]
-    p = pave.rescore(field, rollout, (k,))
-    apart = rollout.x_s - p[1].mean
-    c_1 = pave.per_row(p[1].std, apart)
-    magnified = max(1.0, (rollout.x_s.abs() / c_1).max().item())  # the rounding of a mean, over c
-
-    old = pave.policy_loss(field, rollout, A, factors=(k,), form="matched", reduction="sum").old
+def matched_term(bench: Bench, scene: Scene, coarse: Tensor, at: dict[str, Any]) -> Measurements:
+    """Its log-density beside the one stored while sampling; its attribution beside `coarse`."""
+    rollout, k = scene.rollout, at["k"]
+    options = place(factors=(k,), form="matched", reduction="sum")
+    with torch.no_grad():
+        old = pave.policy_loss(scene.field, rollout, scene.advantages, **options).old
+        std = pave.rescore(scene.field, rollout, ())[1].std
     error = largest(old.log_probs[k] - rollout.log_prob) / largest(rollout.log_prob)
-    tolerance = min(64 * bench.net_eps * magnified, 0.05)
-    yield Measured("density", exact(error, tolerance), **at)
+    rounding = max(1.0, (rollout.x_s.abs() / pave.per_row(std, rollout.x_s)).max().item())
+    yield Measured("density", exact(error, min(64 * bench.net_eps * rounding, 0.05)), **at)
 
-    fine = attribution(scene, k, "matched").flatten(0, 2).flatten(1)
-    coarse = attribution(scene, 1).flatten(0, 2).flatten(1)
-    error = largest((fine - coarse).norm(dim=1) / coarse.norm(dim=1))
-    yield Measured("attribution", exact(error, 1e3 * bench.eps * magnified), **at)
+    off = (attribution(scene, k, "matched") - coarse).flatten(3).norm(dim=3)
+    error = largest(off / coarse.flatten(3).norm(dim=3))
+    yield Measured("attribution", exact(error, 1e3 * bench.eps * rounding), **at)
 
-    if at["fixture"] != "embedded":
-        # The credit that the sampled step's density gives its mean, passed on through mu^(k).
-        credit = pave.per_row(A.expand(apart.shape[:3]), apart) * apart / c_1**2
-        passed_on = (credit.detach() * p[k].mean).flatten(3).mean(3).mean()
-        wanted, found = -flat_gradient(passed_on, field), term_gradient(scene, k, "matched")
-        error = (found - wanted).norm() / wanted.norm()
-        yield Measured("gradient", exact(error, 1e4 * bench.eps), **at)
+
+def passed_on(bench: Bench, scene: Scene, at: dict[str, Any]) -> Measurements:
+    """policy_loss's parameter gradient: A (x_s - mu^(1))/c_1^2 times d mu^(k)/d theta, averaged."""
+    p = pave.rescore(scene.field, scene.rollout, (at["k"],))
+    apart = scene.rollout.x_s - p[1].mean.detach()
+    A = scene.advantages / p[1].std ** 2
+    wanted = -flat_gradient((pave.per_row(A, apart) * apart * p[at["k"]].mean).mean(), scene.field)
+    found = term_gradient(scene, at["k"], "matched")
+    error = (found - wanted).norm() / wanted.norm()
+    yield Measured("gradient", exact(error, 1e4 * bench.eps), **at)
 
 
 LITERAL = "10^4 roundings of numbers of order 1"
@@ -673,13 +650,16 @@ def e10(bench: Bench) -> Measurements:
             yield from both("ratio", u.ratio, 1.0, math.exp(-KL / d + KL / d**2), u.se, at)
 
 
+VARIANCE = "32 roundings of numbers below 2"
+LANDS = holds_where(lambda theory: theory.variance_after(*POINT) == POINT[1] ** 2)
+REACHES = holds_where(lambda theory: theory.limit_variance(1.0) == 1.0)
+
+
 @claim(
     "E11",
-    Statement(
-        "step", "a step keeps a point's exact marginal", lands, "32 roundings, numbers below 2"
-    ),
-    Statement("formula", "its variance is as predicted", HOLDS, "32 roundings, numbers below 2"),
-    Statement("data", "samples have the data's variance", reaches, "1 % of it, at 8192 steps"),
+    Statement("step", "a step keeps a point's exact marginal", LANDS, VARIANCE),
+    Statement("formula", "its variance is as predicted", HOLDS, VARIANCE),
+    Statement("data", "samples have the data's variance", REACHES, "1 % of it, at 8192 steps"),
     Statement("limit", "it tends to the variance predicted", CONVERGES, SLOPE),
 )
 def e11(bench: Bench) -> Measurements:
@@ -700,11 +680,8 @@ def e11(bench: Bench) -> Measurements:
             yield Measured("formula", exact(abs(var - wanted), tolerance), **at)
 
         q, t_0, sizes = 0.5, 0.9, (1024, 2048, 4096, 8192)
-        at, limit = (
-            place(kernel=kernel, fixture=f"gaussian, from t = {t_0}"),
-            theory.limit_variance(q),
-        )
-        start = (1 - t_0) ** 2 * q + t_0**2
+        at = place(kernel=kernel, fixture=f"gaussian, from t = {t_0}")
+        limit, start = theory.limit_variance(q), (1 - t_0) ** 2 * q + t_0**2
         found = [variance(kernel, t_0 * pave.schedule(T), q, start) for T in sizes]
         error, size = abs(found[-1] - q) / q, abs(limit - q) / q
         yield Measured("data", exact(error, 0.01), near(size, 0.01), **at)
@@ -725,7 +702,6 @@ GROUPED = f"{Z:.1f} standard errors of {GROUPS:,} groups of {MEMBERS}"
         "so is the k-term as printed",
         REFUTED,
         GROUPED,
-        Clause(PARAMETERS, "unbiased", "biased against the true policy gradient"),
     ),
     Statement("rescaled", "so is it over (c_1/c_k)^2", REFUTED, GROUPED),
     Statement("matched", "so is it matched", REFUTED, GROUPED),
@@ -753,18 +729,20 @@ def truth(bench: Bench) -> Measurements:
             expected = fields.expected_estimate(process, m, log_q, target, steps, k, form)
             found = joint(draws, wanted, 0.5)
             off = ((expected - wanted).norm() / wanted.norm()).item()
-            sums = {"estimate": draws.mean(0).tolist(), "truth": wanted.tolist()}
-            # A vector of 4 is refuted beyond 6.8 standard errors where a number is beyond 6.
+            # Four numbers are refuted together beyond 6.8 standard errors, where one is beyond 6.
             size = near(off, 1.2 * found.tolerance)
-            yield Measured(form, found, size, k=k, form=form, **sums, **at)
+            at |= {"k": k, "form": form}
+            measured = Measured(form, found, size, **at)
+            yield measured._replace(estimate=draws.mean(0).tolist(), truth=wanted.tolist())
             if k > 1:
-                yield Measured("bias", joint(draws, expected, 0.5), k=k, form=form, **at)
+                yield Measured("bias", joint(draws, expected, 0.5), **at)
         if held:
             whole = fields.policy_gradient(process, m, log_q, target, steps)
             error = (wanted - whole).norm() / whole.norm()
             in_held = fields.policy_gradient(process, m, log_q, target, steps, steps)
             size = about((in_held.norm() / whole.norm()).item())
-            yield Measured("held", exact(error, 1e-12), size, k=1, **at)
+            at |= {"k": 1, "form": ""}
+            yield Measured("held", exact(error, 1e-12), size, **at)
 
 
 @claim(
@@ -799,9 +777,7 @@ def marginal(bench: Bench) -> Measurements:
 
 @claim(
     "GRADIENT",
-    Statement(
-        "forward", "forward and reverse mode agree", HOLDS, "10^5 roundings: 180 log-densities"
-    ),
+    Statement("forward", "forward and reverse mode agree", HOLDS, "10^5 roundings"),
     Statement("central", "central differences agree", HOLDS, "five points: h^4 f'''''/30, eps f/h"),
 )
 def gradient_check(bench: Bench) -> Measurements:
@@ -813,9 +789,8 @@ def gradient_check(bench: Bench) -> Measurements:
         for form in ("paper", "matched"):
             reverse, forward, central = derivatives(bench, scene, form)
             size, at = reverse.abs().clamp(min=1), dict(where, form=form)
-            yield Measured(
-                "forward", exact((forward - reverse).abs() / size, 1e5 * bench.eps), **at
-            )
+            error = (forward - reverse).abs() / size  # of sums of 180 log-densities
+            yield Measured("forward", exact(error, 1e5 * bench.eps), **at)
             yield Measured("central", exact((central - reverse).abs() / size, 1e-6), **at)
 
 

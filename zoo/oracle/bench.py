@@ -97,7 +97,7 @@ class Bench:
         return self.model._replace(dtype=best).fixture().field.to(self.device)
 
     def new_scene(self, name: str, kernel: str, mode: str, clamp: float | None = None) -> Scene:
-        """P prompts x G members from t = 1 on a shifted grid, stochastic where there is a density."""
+        """P prompts x G members from t = 1 on a shifted grid, stochastic wherever possible."""
         fixture, own = self.fixture(name), mode == "independent"
         if name == "embedded":
             P, G, T = len(self.model.prompts) if self.model else 1, 3, 2

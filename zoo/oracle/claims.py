@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from zoo.oracle.bench import Bench
-from zoo.oracle.findings import INCONCLUSIVE, REFUTED, Finding
+from zoo.oracle.findings import HOLDS, INCONCLUSIVE, REFUTED, Finding
 from zoo.oracle.theory import Theory
 
 
@@ -48,6 +48,15 @@ class Statement:
 
     def registered_for(self, theory: Theory) -> str:
         return self.registered if isinstance(self.registered, str) else self.registered(theory)
+
+
+def holds_where(true_of: Callable[[Theory], bool]) -> Callable[[Theory], str]:
+    """Registers HOLDS for the kernels of which theory says so, REFUTED for the rest."""
+
+    def registered(theory: Theory) -> str:
+        return HOLDS if true_of(theory) else REFUTED
+
+    return registered
 
 
 class Range(NamedTuple):

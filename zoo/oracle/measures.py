@@ -106,21 +106,37 @@ def condition(scene: Scene, k: int, whole: Tensor) -> float:
     return (norms(terms.sum(2)) / norms(whole)).max().item()
 
 
+# ---- The same by definition, free of pave_grpo's decomposition -----------------------------------
+
+
+def mean_by_definition(scene: Scene, theory: Theory, k: int) -> Tensor:
+    """mu^(k) of every observed step, [P, n, 1|G, *event]."""
+    x_t, grid = scene.rollout.x_t, scene.rollout.process.grid
+    P, _, rows = x_t.shape[:3]
+    velocity = timed(scene.field, torch.arange(P, device=x_t.device).repeat_interleave(rows))
+    means = []
+    for j, i in enumerate(scene.rollout.sde_steps):
+        t, s = grid[i : i + 2].tolist()
+        mean, _ = theory.decomposed(velocity, x_t[:, j].flatten(0, 1), t, s, k)
+        means.append(mean.unflatten(0, (P, rows)))
+    return torch.stack(means, dim=1)
+
+
 @torch.no_grad()
 def group_pull(scene: Scene, theory: Theory, k: int) -> Tensor:
-    """sum_i A_i (x_s - mu^(k)) of each group, [P, n, *event], mu^(k) by the kernel's definition."""
-    rollout = scene.rollout
-    P, _, rows = rollout.x_t.shape[:3]
-    velocity = timed(
-        scene.field, torch.arange(P, device=rollout.x_t.device).repeat_interleave(rows)
-    )
-    means = []
-    for j, i in enumerate(rollout.sde_steps):
-        t, s = rollout.process.grid[i : i + 2].tolist()
-        mean, _ = theory.decomposed(velocity, rollout.x_t[:, j].flatten(0, 1), t, s, k)
-        means.append(mean.unflatten(0, (P, rows)))
-    apart = rollout.x_s - torch.stack(means, dim=1)
+    """sum_i A_i (x_s - mu^(k)) of every group, [P, n, *event]."""
+    apart = scene.rollout.x_s - mean_by_definition(scene, theory, k)
     return (pave.per_row(scene.advantages.expand(apart.shape[:3]), apart) * apart).sum(2)
+
+
+def gradient_by_definition(scene: Scene, theory: Theory, k: int, form: str) -> Tensor:
+    """Along d/d theta of the k-term at theta_old: sum A (x_s - mu)/std^2 d mu^(k)/d theta."""
+    mean, scored = mean_by_definition(scene, theory, k), k if form == "paper" else 1
+    apart = scene.rollout.x_s - mean_by_definition(scene, theory, scored).detach()
+    grid, steps = scene.rollout.process.grid.tolist(), scene.rollout.sde_steps
+    stds = [theory.std(scored, grid[i], grid[i + 1]) for i in steps]
+    A = scene.advantages / torch.tensor(stds, dtype=torch.float64).to(mean).view(1, -1, 1) ** 2
+    return flat_gradient((pave.per_row(A, apart) * apart * mean).sum(), scene.field)
 
 
 # ---- One step ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Theory:
     """The predictions for one kernel at one eta. E2, E4, ... are the claims that test them."""
 
     straight: ClassVar[bool]  # E4: on straight flows every p^(k) is p^(1)
+    biased: ClassVar[bool]  # E6: (mu^(k) - mu^(1)) / c_k^2 does not vanish with D
     gap_order: ClassVar[float]  # E6: |mu^(k) - mu^(1)|/c_1 falls as D to this power
     law_order: ClassVar[float]  # E11: the variance of samples converges as D to this power
 
@@ -95,6 +96,7 @@ class EulerMaruyama(Theory):
     """
 
     straight = False
+    biased = True
     gap_order = 0.5
     law_order = 1.0
 
@@ -168,6 +170,7 @@ class CPS(Theory):
     """x_s = (1-s) x0_hat + s cos(h) x1_hat + s sin(h) z, h = eta pi/2: levels are kept exactly."""
 
     straight = True
+    biased = False
     gap_order = 1.0
     law_order = 2 / 3  # observed; the limit is derived, the rate is not
 
