@@ -1,4 +1,4 @@
-"""One thread, and Hypothesis without deadlines: fresh examples on a desk, the same ones every time under CI."""
+"""One thread, and Hypothesis without deadlines: the same examples every time under CI."""
 
 import os
 
