@@ -180,8 +180,8 @@ def check_contents(o: Options) -> None:
     pave.check_factors(o.factors)
     data = prompts_of(o)
     asked = [*data.train, *data.heldout]
-    asked_of = [*spec.parse(o.reward), *spec.parse(o.eval_reward)]
-    if any(reward.name in spec.RULES for reward in asked_of):
+    rewards = [*spec.parse(o.reward), *spec.parse(o.eval_reward)]
+    if any(reward.name in spec.RULES for reward in rewards):
         if o.model:
             raise ValueError(
                 "--reward, --eval-reward: 'rule' and 'right' judge the embedded world only"

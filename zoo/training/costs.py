@@ -131,7 +131,6 @@ def on_a_rank(o: Options, steps: Sequence[int], ranks: int) -> list[str]:
     axes = (o.prompts_per_iteration // ranks, len(steps), members)
     sizes = part_sizes(*axes, o.update_batch)
     passes = math.prod(math.ceil(n / size) for n, size in zip(axes, sizes, strict=True))
-    part = math.prod(sizes)
     decoded = f"VAE calls {calls(images, o.decode_batch)} (--decode-batch {o.decode_batch}); "
     return [
         f"  on a rank: {images} images; velocity calls of a step at most "
@@ -139,8 +138,8 @@ def on_a_rank(o: Options, steps: Sequence[int], ranks: int) -> list[str]:
         f"{decoded if o.model else ''}"
         f"reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
         f"  {plural(o.updates, 'update')}, each of {states} observed states on a rank in backward "
-        f"passes: {passes} of up to {part} (--update-batch {o.update_batch}), gradients added up: "
-        f"the same gradient; velocity calls of up to {part} rows",
+        f"passes: {passes} of up to {math.prod(sizes)} (--update-batch {o.update_batch}), gradients added up: "
+        f"the same gradient",
     ]
 
 
