@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 import train
 from zoo.released import random_pipelines
-from zoo.training import prompts
 
 SMALL = (
     "--reward zoo.rewards.example:warmth:2 --eval-reward zoo.rewards.example:contrast "
@@ -39,20 +38,6 @@ def texts(tmp_path_factory):
     (folder / "train.txt").write_text(trained)
     (folder / "heldout.txt").write_text("a bird and " + "word " * 90 + "\n")
     return folder
-
-
-@pytest.fixture
-def one_process(monkeypatch, tmp_path):
-    """The test runs in an empty folder, as if started without torchrun; pictures are few."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    shown = prompts.Prompts.shown
-
-    def one_shown(self, shape, kind):
-        return shown(self, shape, kind, 1)
-
-    monkeypatch.setattr(prompts.Prompts, "shown", one_shown)
 
 
 @pytest.fixture

@@ -166,18 +166,17 @@ class Flow(ABC):
     def cut_off(self, prompts: Sequence[str]) -> list[str]:
         """A line for every prompt of which a text encoder reads the beginning only."""
         lines = []
-        for name in self.tokenizers if prompts else ():
+        for name in self.tokenizers:
             tokenizer = getattr(self.pipe, name)
             if tokenizer is None:  # the pipeline was saved without this encoder
                 continue
             limit = self.reads.get(name, tokenizer.model_max_length)
+            reads = f"of which {type(tokenizer).__name__} reads {limit}"
             for prompt, tokens in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
                 if len(tokens) > limit:
-                    lines.append(
-                        f"prompt {textwrap.shorten(prompt, 60)!r} has {len(tokens)} tokens, "
-                        f"of which {type(tokenizer).__name__} reads {limit}"
-                    )
-        return list(dict.fromkeys(lines))
+                    start = textwrap.shorten(prompt, 60)
+                    lines.append(f"prompt {start!r} has {len(tokens)} tokens, {reads}")
+        return list(dict.fromkeys(lines))  # two encoders may say the same
 
     def move_encoders(self, device: torch.device) -> None:
         """Move the text encoders, to encode there."""
@@ -246,7 +245,7 @@ class Flow(ABC):
 
         texts      of the prompts, wherever they lie; what is asked for is moved to x's device
         empty      `encode_empty` of this guidance
-        network    another transformer of the same class, a reference policy say
+        network    another transformer of the same class, such as a reference; None: the pipeline's
         The network computes in `dtype`. Raises ValueError where these do not fit together.
         """
         if self.splits(guidance) != (empty is not None):
@@ -269,7 +268,7 @@ class Flow(ABC):
         """`velocity` of arguments that fit together, for latents of these sides."""
 
     def evaluate(self, network: nn.Module, x: Tensor, texts: Texts, **inputs: Any) -> Tensor:
-        """The network's output for latents x and as many texts, computed in `dtype`, in float32."""
+        """The network's output for B latents x and texts: computed in `dtype`, returned in float32."""
         casting = torch.autocast(x.device.type, self.dtype) if self.autocast else nullcontext()
         with casting:
             output = network(

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import pave_grpo as pave
 from zoo.released import families, tuning
 from zoo.shapes import model as shapes_model
-from zoo.shapes import world as shapes
+from zoo.shapes.world import PROMPTS, SIZE, parse
 
 
 class Sizes(NamedTuple):
@@ -89,7 +89,7 @@ class Embedded(Policy):
     """
 
     name = "shapes"
-    shape = (3, shapes.SIZE, shapes.SIZE)
+    shape = (3, SIZE, SIZE)
     sharded = False
 
     def __init__(
@@ -115,7 +115,7 @@ class Embedded(Policy):
         return pave.schedule(steps, self.shift)
 
     def kind(self, prompt: str) -> str:
-        return shapes.parse(prompt).family if prompt in shapes.PROMPTS else ""
+        return parse(prompt).family if prompt in PROMPTS else ""
 
     def load(
         self, prompts: Sequence[str], device: torch.device, rank: int = 0, world: int = 1
