@@ -268,7 +268,7 @@ class Flow(ABC):
         """`velocity` of arguments that fit together, for latents of these sides."""
 
     def evaluate(self, network: nn.Module, x: Tensor, texts: Texts, **inputs: Any) -> Tensor:
-        """The network's output for B latents x and texts: computed in `dtype`, returned in float32."""
+        """The network's output in float32, for B latents x and B texts; it computes in `dtype`."""
         casting = torch.autocast(x.device.type, self.dtype) if self.autocast else nullcontext()
         with casting:
             output = network(
