@@ -1,0 +1,124 @@
+"""The oracle's command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import verify_equivalence as oracle
+from zoo.oracle import report
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_report_has_the_promised_schema(tmp_path, capsys):
+    """--json holds every field the readers of the report rely on; the exit status is 0."""
+    file = tmp_path / "report.json"
+    flags = ["--claims", "E5", "E11", "--kernels", "cps", "--factors", "4", "--json", str(file)]
+    assert oracle.main(flags) == 0
+    told = json.loads(file.read_text())
+    assert told["schema"] == report.SCHEMA and told["status"] == 0 and told["comparison"] == []
+    assert {"python", "torch", "device", "dtype", "commit", "dirty"} <= set(told["environment"])
+    fields = {"claim", "statement", "kernel", "k", "rollouts", "form", "fixture", "verdict"}
+    fields |= {"registered", "measured", "predicted", "tolerance", "low", "high", "as_registered"}
+    assert fields | {"n", "seed", "seconds"} <= set(told["rows"][0])
+    assert {row["k"] for row in told["rows"] if row["claim"] == "E5"} == {4}
+    assert {row["kernel"] for row in told["rows"]} == {"cps"}
+    assert told["conclusion"] in capsys.readouterr().out
+
+
+def test_rows_are_shown_on_request(capsys):
+    """The front page alone, then with every row."""
+    flags = ["--claims", "E5", "--kernels", "cps", "--factors", "2"]
+    assert oracle.main(flags) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert oracle.main([*flags, "--rows"]) == 0
+    long = capsys.readouterr().out.splitlines()
+    assert len(short) < 12 and sum(line.startswith("  cps ") for line in long) == 6
+
+
+def test_the_comparison_is_shown_on_request(tmp_path, capsys, monkeypatch):
+    """--compare prints a line per step and k, in 100 columns, and --json keeps it."""
+    file = tmp_path / "report.json"
+    flags = ["--claims", "E5", "--kernels", "flow_sde", "--factors", "2", "--json", str(file)]
+    assert oracle.main([*flags, "--compare"]) == 0
+    out = capsys.readouterr().out
+    lines = out[out.index("Decomposed") :].splitlines()
+    assert max(map(len, lines)) <= 100
+    table = json.loads(file.read_text())["comparison"]
+    assert len(table) == 8 == sum(line[9:14] in ("1.000", "0.125") for line in lines) + 6
+    for line in table:
+        assert sum(part for _, part in line["share"]) == pytest.approx(1)
+        assert line["group"] == pytest.approx(1) and line["off"] == 0
+
+
+BAD = {
+    "--claims E99": "E99",
+    "--kernels ddpm": "ddpm",
+    "--factors 1": "factors=[1]",
+    "--factors 2 2": "factors=[2, 2]",
+    "--seed -1": "--seed -1",
+    "--vary-seed 0": "--vary-seed 0",
+    "--prompt circle": "--prompt",
+    "--dtype float32": "--dtype",
+    "--model embedded --prompt circle": "circle",
+    "--model nowhere": "nowhere",
+    "--model embedded --claims E3": "E3",
+    "--vectors a --against b:c": "--vectors",
+    "--vectors a --json b": "--json",
+    "--vectors a --rows": "--rows",
+    "--against a:b --claims E2": "--claims",
+    "--factors 2 3 4 5 6 7": "--factors",
+    "--kernels cps cps": "--kernels",
+    "--claims E2 E2": "--claims",
+    "--model embedded --size 32 32": "--size",
+    "--json .": "--json",
+    "--vary-seed 2 --claims E2": "--claims",
+    "--vary-seed 2 --compare": "--compare",
+    "--vectors a --seed 1": "--seed",
+    "--json no/where": "no/where",
+    "--verdicts no/where": "no/where",
+    "--verdicts a --seed 1": "--seed",
+    "--verdicts a --kernels cps": "--kernels",
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), BAD.items())
+def test_bad_usage_is_one_line_and_status_2(flags, named, capsys):
+    """Before any work."""
+    with pytest.raises(SystemExit) as stop:
+        oracle.main(flags.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and named in err, err
+
+
+def test_a_model_in_bfloat16_keeps_what_does_not_depend_on_the_network(capsys):
+    """Attribution (E2) and the matched form (E7) survive, to float32 rounding."""
+    flags = "--model embedded --dtype bfloat16 --claims E2 E7 --kernels cps --factors 2 --prompt"
+    assert oracle.main([*flags.split(), "two red circles"]) == 0, capsys.readouterr().out
+
+
+def test_vary_seed_reports_its_failure_rate(capsys):
+    """Fresh seeds, statistical rows only."""
+    flags = "--vary-seed 2 --claims E10 --kernels cps --factors 2"
+    assert oracle.main(flags.split()) == 0
+    said = "0 of 8 statistical verdicts were wrong and 0 inconclusive"
+    assert capsys.readouterr().out.startswith(said)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_claims_hold_on_cuda(capsys):
+    """The same verdicts on the GPU."""
+    assert oracle.main(["--device", "cuda", "--factors", "2", "3"]) == 0, capsys.readouterr().out
+
+
+def test_it_runs_from_any_folder(tmp_path):
+    """As a script, from elsewhere."""
+    script = [sys.executable, str(ROOT / "verify_equivalence.py"), "--claims", "E5"]
+    done = subprocess.run(
+        [*script, "--factors", "2"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "all as registered" in done.stdout, done.stderr
