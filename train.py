@@ -151,9 +151,7 @@ def iterate(
             (part.share * result.loss).backward()
             measured.append(measure(result, part.advantages))
         # 4. Ascend J: the gradient of all parts and all ranks, cut to a norm.
-        grad_norm = step(o, policy, optimizer, ranks)
-        if average:
-            average.update()
+        grad_norm = step(o, policy, optimizer, average, ranks)
     return {
         "reward": total.mean().item(),
         **{f"reward_{name}": z.mean().item() for name, z in scores.items()},
@@ -226,13 +224,22 @@ def optimizer_of(
 
 
 def step(
-    o: Options, policy: policies.Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
+    o: Options,
+    policy: policies.Policy,
+    optimizer: torch.optim.Optimizer,
+    average: policies.EMA | None,
+    ranks: Ranks,
 ) -> float:
-    """One step along the mean of the ranks' gradients; returns its norm before it was cut."""
+    """One step along the mean of the ranks' gradients; returns its norm before it was cut.
+
+    The average of the weights, if there is one, follows.
+    """
     if not policy.sharded:  # FSDP2 has averaged them in the backward pass
         ranks.average_gradients(policy.tuned)
     norm = torch.nn.utils.clip_grad_norm_(policy.tuned, o.max_grad_norm)
     optimizer.step()
+    if average:
+        average.update()
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return norm.item()

@@ -138,8 +138,8 @@ def on_a_rank(o: Options, steps: Sequence[int], ranks: int) -> list[str]:
         f"{decoded if o.model else ''}"
         f"reward calls {calls(images, o.reward_batch)} (--reward-batch {o.reward_batch})",
         f"  {plural(o.updates, 'update')}, each of {states} observed states on a rank in backward "
-        f"passes: {passes} of up to {math.prod(sizes)} (--update-batch {o.update_batch}), gradients added up: "
-        f"the same gradient",
+        f"passes: {passes} of up to {math.prod(sizes)} (--update-batch {o.update_batch}), "
+        f"gradients added up: the same gradient",
     ]
 
 
