@@ -323,7 +323,8 @@ def straight_step(bench: Bench, kernel: str, name: str, t: float, s: float) -> M
         gap, off = mean_old[k] - mean_old[1], old[k].mean - old[1].mean
 
         error = largest(off, old[k].std - old[1].std, gradient[k] - gradient[1])
-        size = largest(gap, torch.tensor(c[k] - c[1]), (weight - 1) * gradient[1])
+        std_off = torch.full_like(gap, c[k] - c[1])
+        size = largest(gap, std_off, (weight - 1) * gradient[1])
         yield Measured("density", exact(error, tolerance), about(size.item()), **at)
 
         error = largest(ratio[k] - ratio[1]) * c[k] ** 2  # a difference of states

@@ -289,8 +289,8 @@ def expected_estimate(
     """
     record, q = theory.of(process.kernel, process.eta), log_q.exp()
     a, b = m.detach().requires_grad_(), log_q.detach().requires_grad_()
-    node = torch.tensor([-(3**0.5), 0.0, 3**0.5]).to(m)
-    w = torch.tensor([1 / 6, 2 / 3, 1 / 6]).to(m)
+    node = torch.tensor([-(3**0.5), 0.0, 3**0.5], dtype=m.dtype, device=m.device)
+    w = torch.tensor([1 / 6, 2 / 3, 1 / 6], dtype=m.dtype, device=m.device)
     x_t_node, z, w = node.view(3, 1, 1), node.view(1, 3, 1), (w[:, None] * w)[..., None]
 
     def held_velocity(x: Tensor, t: float) -> Tensor:

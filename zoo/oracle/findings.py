@@ -71,10 +71,12 @@ def joint(draws: Tensor, wanted: Tensor, effect: float) -> Finding:
     two-sided normal deviate of the same probability.
     """
     n, miss = len(draws), draws.mean(0) - wanted
+    if not miss.isfinite().all():
+        return Finding(INCONCLUSIVE, math.nan, 0.0, math.nan, n, math.nan)
     spread = torch.cov(draws.T) / n
     x = (miss @ torch.linalg.solve(spread, miss)).item()
     p = math.exp(-x / 2) * (1 + x / 2)
-    z = -NormalDist().inv_cdf(max(p / 2, 1e-300)) if x >= 0 else math.nan
+    z = -NormalDist().inv_cdf(max(p / 2, 1e-300))
     widest = (torch.linalg.eigvalsh(spread)[-1].sqrt() / wanted.norm()).item()
     error = (miss.norm() / wanted.norm()).item()
     return Finding(judged(z, 2 * Z * widest, effect), error, 0.0, Z * widest, n, z)
