@@ -22,6 +22,17 @@ SGD = "--optimizer sgd --lr 10 --max-grad-norm inf"
 JUDGE = "zoo.rewards.example:contrast"
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing, where a test looks at no picture: plots take seconds."""
+
+    def draw_nothing(*args, **how):
+        pass
+
+    monkeypatch.setattr("zoo.training.pictures.draw_grid", draw_nothing)
+    monkeypatch.setattr("zoo.training.pictures.draw_curve", draw_nothing)
+
+
 def distance(a, b):
     return math.sqrt(sum((a[name].float() - b[name].float()).square().sum().item() for name in a))
 
@@ -81,6 +92,7 @@ def test_a_lora_run_gives_plain_diffusers_our_pictures(folders, flags, run, name
     assert ours == pytest.approx(theirs, abs=2e-5) and abs(ours[1] - ours[0]) > 1e-3
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("name", "cls"), [("sd3", SD3Transformer2DModel), ("flux", FluxTransformer2DModel)]
 )
@@ -94,6 +106,7 @@ def test_a_full_run_saves_what_from_pretrained_loads(folders, run, name, cls):
     assert {w.dtype for w in halves.values()} == {torch.bfloat16} and distance(start, halves) > 1e-3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_average_is_what_is_saved_and_judged(folders, run):
     """EMA of decay 1/2 over two steps is (theta_0 + theta_1 + 2 theta_2) / 4; no step sees it."""
     more = f"{SGD} --tune full --iterations"
@@ -110,6 +123,7 @@ def test_the_average_is_what_is_saved_and_judged(folders, run):
 # ---- The same gradient ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_batches_and_checkpointing_change_memory_and_not_the_step(folders, flags, run, name):
     """All four batch flags and gradient checkpointing: the same samples and SGD step.

@@ -8,6 +8,7 @@ import pave_grpo as pave
 from zoo.released import families, tuning
 
 GUIDANCES = {"sd3": 1.0, "flux": 3.5}
+MATRICES = {"sd3": 12 + 9, "flux": 12 + 5}  # an inner and a last block; a joint and a single one
 PROMPTS = ["two red circles", "a dog"]
 
 
@@ -39,7 +40,8 @@ def test_adapters_start_at_the_released_model_and_the_reference_stays_there(fold
     before = sampled(flow, velocity)
     tuned = tuning.add_lora(flow, rank=4, alpha=8)
     assert torch.equal(sampled(flow, velocity), before)
-    assert tuned and all(p.dtype == torch.float32 and p.requires_grad for p in tuned)
+    assert len(tuned) == 2 * MATRICES[name]
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in tuned)
     assert sum(p.requires_grad for p in flow.transformer.parameters()) == len(tuned)
     stirred(tuned)
     assert (sampled(flow, velocity) - before).abs().max() > 1e-3
