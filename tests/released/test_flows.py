@@ -150,6 +150,16 @@ def test_encoders_can_be_dropped(folders):
     assert v.shape == x.shape and v.isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "t5"), [("sd3", 256), ("flux", 512)])
+def test_a_prompt_that_is_cut_off_is_named(flows, name, t5):
+    """Once for each kind of encoder, with what it reads: of T5 what the pipeline asks of it."""
+    flow, long = flows[name], "word " * 300
+    lines = flow.cut_off(["a dog", long])
+    assert [int(line.split()[-1]) for line in lines] == [77, t5]
+    assert all(line.startswith("prompt 'word word") for line in lines)
+    assert flow.encode([long]).tokens.shape[1] == {"sd3": 77 + t5, "flux": t5}[name]
+
+
 # ---- Families ------------------------------------------------------------------------------------
 
 

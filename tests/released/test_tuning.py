@@ -50,6 +50,17 @@ def test_adapters_start_at_the_released_model_and_the_reference_stays_there(fold
     assert (sampled(flow, velocity) - before).abs().max() > 1e-3  # and on again
 
 
+def test_an_adapter_adds_its_product(folders):
+    """W x + (alpha / rank) B A x, for a matrix as for all."""
+    flow, _ = loaded(folders, "sd3")
+    stirred(tuning.add_lora(flow, rank=4, alpha=8))
+    layer = flow.transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(2))
+    product = layer.lora_B["default"](layer.lora_A["default"](x))
+    assert product.abs().max() > 1e-2
+    assert torch.allclose(layer(x), layer.base_layer(x) + 8 / 4 * product, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", GUIDANCES)
 def test_plain_diffusers_loads_what_is_saved(folders, name, tmp_path):
     """load_lora_weights into a fresh pipeline gives our latents, with alpha twice the rank."""
