@@ -49,7 +49,7 @@ def front_page(rows: Sequence[Row], claims: Claims, bench: Bench, seconds: float
     right = f"{with_['dtype']}, seed {bench.seed}, {bench.device.type}"
     lines = [QUESTION, conclusion(rows, claims), ""]
     lines += table(rows, claims, bench.kernels)
-    lines += ["", f"{headline(rows)} Took {seconds:.0f} s; {right}."]
+    lines += ["", *wrapped(f"{headline(rows)} Took {seconds:.0f} s; {right}.")]
     return "\n".join(lines)
 
 
@@ -96,6 +96,11 @@ def spoken(
                 yield words if kernels == list(tested) else f"{words} under {names}"
 
 
+def wrapped(text: str) -> list[str]:
+    """Lines of at most WIDTH columns."""
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
+
+
 def hanging(label: str, text: str, right: str) -> list[str]:
     """Text beside its label, wrapped, with a word flush right on its first line."""
     width = WIDTH - len(label) - len(right) - 2
@@ -129,10 +134,10 @@ def cell(rows: Sequence[Row]) -> str:
         return ""
     verdict = verdict_of(rows)
     if verdict == REFUTED:
-        return f"refuted {span([row.difference for row in rows])}"
+        return f"refuted {span([row.difference for row in rows], CELL - len('refuted '))}"
     if verdict == CONVERGES:
         slope = max(rows, key=lambda row: row.difference).measured
-        return f"converges, D^{slope:.2f}"
+        return f"converges D^{slope:.2f}"
     if verdict == HOLDS:
         zs = [abs(row.z) for row in rows if row.z is not None]
         error = max(row.difference for row in rows)
@@ -144,14 +149,14 @@ def cell(rows: Sequence[Row]) -> str:
     return "inconclusive" if unclear else f"refuted {wrong} of {len(rows)}"
 
 
-def span(sizes: Sequence[float]) -> str:
-    """The range of some positive numbers, to two digits, or to one where that is too long."""
+def span(sizes: Sequence[float], room: int) -> str:
+    """The range of some numbers: to two digits, or one, or its upper end, whichever has room."""
     for digits in (2, 1):
         low, high = f"{min(sizes):.{digits}g}", f"{max(sizes):.{digits}g}"
         text = low if low == high else f"{low}-{high}"
-        if len(text) <= CELL - len("refuted "):
-            break
-    return text
+        if len(text) <= room:
+            return text
+    return f"to {high}"
 
 
 def odd_lines(kernel: str, rows: Sequence[Row]) -> list[str]:
@@ -179,8 +184,8 @@ def headline(rows: Sequence[Row]) -> str:
     counted = f"{len(statements)} statements, {len(rows)} measurements"
     if not odd:
         return f"{counted}: all as registered."
-    judged = "are NOT as registered" if status_of(rows) == 1 else "are inconclusive, none is wrong"
-    return f"{counted}: {len(odd)} of the statements {judged} (marked <-)."
+    judged = "NOT as registered" if status_of(rows) == 1 else "inconclusive, none wrong"
+    return f"{counted}: {len(odd)} {judged}, see <-."
 
 
 # ---- Every row -----------------------------------------------------------------------------------
@@ -191,12 +196,12 @@ def every_row(rows: Sequence[Row], claims: Claims) -> str:
     lines = []
     for name, of_claim in groupby(rows, key=lambda row: row.claim):
         claim = claims[name]
-        lines += ["", *textwrap.wrap(f"{name}  {claim.sentence}", WIDTH)]
+        lines += ["", *wrapped(f"{name}  {claim.sentence}")]
         members = list(of_claim)
         for key, statement in claim.statements.items():
             found = [row for row in members if row.statement == key]
             if found:
-                lines += ["", f"  {key}: {statement.text}  [{statement.basis}]"]
+                lines += ["", f"  {key}: {statement.text}", f"  tolerance: {statement.basis}"]
                 lines += map(row_line, found)
     return "\n".join(lines).strip("\n")
 
@@ -204,17 +209,19 @@ def every_row(rows: Sequence[Row], claims: Claims) -> str:
 def row_line(row: Row) -> str:
     """Where, the verdict, what was measured and what that is held to."""
     k = "" if row.k is None else f"k {row.k}"
-    where = f"{row.kernel:9}{k:5}{row.rollouts:14}{row.form:9}{row.fixture:23}"
+    rollouts = row.rollouts.removesuffix("_anchor")
+    where = f"{row.kernel:9}{k:4}{rollouts:12}{row.form:9}{row.fixture:23}"
     if row.registered == REFUTED:
-        held_to = f"in {row.low:.3g} .. {row.high:.3g}"
-    elif row.verdict == CONVERGES or row.registered == CONVERGES:
+        low, high = f"{row.low:.3g}", f"{row.high:.3g}"
+        held_to = f"at {low}" if low == high else f"in {low}..{high}"
+    elif row.registered == CONVERGES:
         held_to = f"{row.predicted:.2f} +- {row.tolerance:g}"
     else:
         held_to = f"<= {row.tolerance:.1e}"
-    z = "" if row.z is None else f", z {row.z:+.1f}"
+    z = "" if row.z is None or row.registered == REFUTED else f" z {row.z:+.1f}"
     size = row.measured if row.registered == CONVERGES else row.difference
     mark = "" if row.as_registered else " <-"
-    return f"  {where}{row.verdict.lower():10}{size:<9.2g}{held_to}{z}{mark}"
+    return f"  {where}{row.verdict.lower():13}{size:<8.2g}{held_to}{z}{mark}"
 
 
 def estimates(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
@@ -308,36 +315,37 @@ def to_json(
 
 HEAD = """# Verdicts
 
-{question} Every statement below was registered with its verdict, and what is
-refuted with the size of the difference, before it was measured. The page is generated:
+{question}
+Every statement was registered with its verdict, and what is refuted with the size of the
+difference, before it was measured. This page is generated:
 
     python verify_equivalence.py --verdicts docs/VERDICTS.md
 
-{environment}. {headline}
+{headline} With {environment}.
 
 ```
 {conclusion}
 ```
 
-**holds** to rounding (below the power of ten that is printed), or, where it says *z*, within
-{z:.1f} standard errors; **converges** as that power of the step D; **refuted** by that range of the
-difference, which theory gives. Each claim in one sentence, then its statements:
+*Holds*: to rounding, below the power of ten that is printed, or, where it says z, to {z:.1f}
+standard errors. *Converges*: with the power of the step D that is printed. *Refuted*: by the range
+of the difference that is printed; theory gives its size.
 """
 
 
 def verdicts(rows: Sequence[Row], claims: Claims, bench: Bench) -> str:
     """docs/VERDICTS.md: figures so coarse that they are the same on every machine."""
     with_ = environment(bench)
-    where = f"Python {with_['python']}, torch {with_['torch']}, {with_['dtype']}, seed {bench.seed}"
+    versions = f"Python {with_['python']}, torch {with_['torch']}"
     lines = HEAD.format(
         question=QUESTION,
-        environment=f"{where}, {with_['device']}",
         headline=headline(rows),
+        environment=f"{versions}, {with_['device']}, {with_['dtype']}, seed {bench.seed}",
         conclusion=conclusion(rows, claims),
         z=Z,
     ).splitlines()
     for name, claim in claims.items():
-        lines += ["", f"## {name}", "", *textwrap.wrap(claim.sentence, WIDTH), ""]
+        lines += ["", f"## {name}", "", *wrapped(claim.sentence), ""]
         lines += [f"| | statement | {' | '.join(f'`{kernel}`' for kernel in bench.kernels)} |"]
         lines += [f"|---|---|{'---|' * len(bench.kernels)}"]
         lines += verdict_lines(rows, claims, name, bench.kernels)
@@ -356,12 +364,14 @@ def verdict_lines(
 
 
 def coarse(rows: Sequence[Row]) -> str:
-    """`cell` with rounding errors as powers of ten."""
+    """As `cell`, two digits of what is refuted, and rounding errors as powers of ten."""
+    if rows and verdict_of(rows) == REFUTED:
+        return f"refuted {span([row.difference for row in rows], WIDTH)}"
     if not rows or verdict_of(rows) != HOLDS:
         return cell(rows)
     if rows[0].z is not None:
         return "holds (z)"
-    error = max(row.difference for row in rows)
-    if not error:
+    if not any(row.tolerance for row in rows):
         return "holds exactly"
-    return f"holds, below 1e{max(-12, math.ceil(math.log10(error)))}"
+    error = max(1e-12, *(row.difference for row in rows))
+    return f"holds, below 1e{math.ceil(math.log10(error))}"
