@@ -293,7 +293,7 @@ class Released(Policy):
 
 
 class EMA:
-    """theta_ema <- decay theta_ema + (1 - decay) theta, first theta; sharded as theta is.
+    """theta_ema <- decay theta_ema + (1 - decay) theta, beginning at theta; sharded as theta is.
 
     The recursion is torch's. Its AveragedModel is not used: it would copy the whole network, frozen
     weights too, and could not lend the average to the network in place.
