@@ -169,7 +169,9 @@ def cps(t: Tensor, s: Tensor, eta: float, t_1: Tensor) -> Coefficients:
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta={eta}: the cps kernel needs 0 < eta <= 1")
-    cos, sin = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
+    h = eta * math.pi / 2
+    cos = math.cos(h)
+    sin = math.sin(h)
     a = (1 - s) + s * cos
     b = -(1 - s) * t + s * cos * (1 - t)
     return Coefficients(a, b, s * sin)
@@ -256,7 +258,8 @@ def decompose(
     transitions = {1: process.transition(x, v_0, t, s)}
     for k in check_factors(factors):
         d = (t - s) / k
-        x_j, v_j = x, v_0
+        x_j = x
+        v_j = v_0
         for j in range(1, k):
             x_j = x_j - per_row(d, x) * v_j
             v_j = evaluate(velocity, x_j, t - j * d, prompt)
@@ -328,7 +331,7 @@ def rollout_of(
 def look_ahead(
     velocity: Velocity, process: Process, x: Tensor, i: int
 ) -> tuple[Tensor, Transition]:
-    """v and p(. | x) of every row of x [P, R, *event] at step i of the grid, in one call."""
+    """v and p(. | x) for x [P, R, *event], R rows a prompt, at step i of the grid, in one call."""
     P, R = x.shape[:2]
     prompt = torch.arange(P, device=x.device).repeat_interleave(R)
     t = process.grid[i].to(x.device).expand(P * R)
@@ -383,8 +386,9 @@ def rollout_shared_anchor(
         x = torch.cat([anchor, members], dim=1)
         v, p = look_ahead(velocity, process, x, i)
         moved = x - (t - s) * v  # an ODE step of every row
-        rows = anchor.shape[1]  # 1, and 0 once the anchor has stopped
-        anchor, members = moved[:, :rows], moved[:, rows:]
+        alive = anchor.shape[1]  # 1, and 0 once the anchor has stopped
+        anchor = moved[:, :alive]
+        members = moved[:, alive:]
         if i in steps:
             p = Transition(p.mean[:, :1], p.std[:, :1])  # from the anchor
             x_s = p.sample(noise.z[:, len(observed)])
@@ -468,7 +472,7 @@ def statistics_of(
         ratio_min=term.ratio.min().item(),
         ratio_max=term.ratio.max().item(),
         clip_fraction=(term.is_cut.sum() / speaking.clamp(min=1)).item(),
-        effective_weight=((std_1 / std) ** 2)[0, :, 0],
+        effective_weight=((std_1 / std) ** 2)[0, :, 0],  # std depends on the step alone
     )
 
 
@@ -494,10 +498,12 @@ class PolicyLoss(NamedTuple):
 
 def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
     """p^(k) of every observed x_t -> x_s: {k: mean [P, n, 1|G, *event], std [P, n, 1|G]}."""
-    process, x, batch = rollout.process, rollout.x_t.flatten(0, 2), rollout.x_t.shape[:3]
-    i = torch.tensor(rollout.sde_steps)
-    t = process.grid[i].to(x.device).view(1, -1, 1).expand(batch).flatten()
-    s = process.grid[i + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    process = rollout.process
+    batch = rollout.x_t.shape[:3]
+    x = rollout.x_t.flatten(0, 2)
+    steps = torch.tensor(rollout.sde_steps)
+    t = process.grid[steps].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    s = process.grid[steps + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
     prompt = torch.arange(batch[0], device=x.device).repeat_interleave(batch[1] * batch[2])
     transitions = decompose(velocity, process, x, t, s, prompt, factors)
     return {k: p.unflatten(batch) for k, p in transitions.items()}
@@ -544,7 +550,9 @@ def policy_loss(
     transitions = rescore(velocity, rollout, factors)
     means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
     std_1 = transitions[1].std
-    log_probs, terms, J = {}, {}, torch.zeros((), dtype=torch.float64, device=std_1.device)
+    log_probs: dict[int, Tensor] = {}
+    terms: dict[int, TermStatistics] = {}
+    J = torch.zeros((), dtype=torch.float64, device=std_1.device)
     for k in ks:
         p = transitions[k] if k == 1 or form == "paper" else matched(k, transitions, means_old)
         log_probs[k] = p.log_prob(rollout.x_s, reduction)
@@ -575,7 +583,9 @@ def policy_loss(
 
 def check_process(process: Process) -> None:
     """The grid decreases within [0, 1], the kernel is known and takes this eta."""
-    grid, kernel, eta = process.grid, process.kernel, process.eta
+    grid = process.grid
+    kernel = process.kernel
+    eta = process.eta
     decreasing = grid.ndim == 1 and len(grid) >= 2 and bool((grid.diff() < 0).all())
     if not decreasing or not 0 <= grid[-1] < grid[0] <= 1:
         raise ValueError(f"grid={grid.tolist()}: must be 2 or more falling times in [0, 1]")
@@ -645,7 +655,8 @@ def check_loss(
     old: OldPolicy | None,
 ) -> None:
     """The arguments of policy_loss fit together."""
-    (P, n, G), N = rollout.x_s.shape[:3], rollout.x_0.shape[1]
+    P, n, G = rollout.x_s.shape[:3]
+    N = rollout.x_0.shape[1]
     if advantages.shape != (P, N, G):
         raise ValueError(f"advantages of shape {tuple(advantages.shape)}: must be {(P, N, G)}")
     if reduction not in ("mean", "sum"):
