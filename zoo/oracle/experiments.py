@@ -114,6 +114,50 @@ def straight_mean(
     return mean + theory.gap(x + (1 - t) * v, k, t, s)
 
 
+class StraightStep(NamedTuple):
+    """One step of a straight flow: what p^(k) and p^(1) differ by, and what they should."""
+
+    density: Tensor  # the largest difference of mean, std, and gradient of the mean
+    density_predicted: Tensor
+    ratio: Tensor  # difference of the log-ratios of another theta, times c_k^2: one of states
+    ratio_predicted: Tensor
+    gradient: Tensor  # d mu^(k) less sum w_j / b_1 times d mu^(1)
+    gap: Tensor  # mu^(k) - mu^(1), less the gap predicted
+
+
+def straight_step(
+    bench: Bench, kernel: str, name: str, t: float, s: float
+) -> dict[int, StraightStep]:
+    """By k. The gradient is taken along a direction u of the means."""
+    theory, field = bench.theory(kernel), bench.fixture(name).field
+    x, u, x_s = (bench.normal(2, fields.DIM, of=("e4", i)) for i in range(3))
+    moved = fields.nudged(field, 0.3, bench.generator("e4"))
+    old = one_step(field, kernel, x, t, s, bench.factors)
+    new = one_step(moved, kernel, x, t, s, bench.factors)
+    gradient = {k: flat_gradient((u * p.mean).sum(), field) for k, p in old.items()}
+    ratio = {k: new[k].log_prob(x_s, "sum") - old[k].log_prob(x_s, "sum") for k in old}
+
+    # The same by theory, with no sub-step.
+    c = {k: theory.std(k, t, s) for k in old}
+    mean_old = {k: straight_mean(theory, field, x, k, t, s) for k in old}
+    mean_new = {k: straight_mean(theory, moved, x, k, t, s) for k in old}
+    wanted = {k: log_ratio(mean_new[k], mean_old[k], x_s, c[k] ** 2) for k in old}
+    found = {}
+    for k in bench.factors:
+        weight = theory.weight_sum(k, t, s) / theory.weight_sum(1, t, s)
+        gap, off = mean_old[k] - mean_old[1], old[k].mean - old[1].mean
+        std_off, std_gap = old[k].std - old[1].std, torch.full_like(gap, c[k] - c[1])
+        found[k] = StraightStep(
+            density=largest(off, std_off, gradient[k] - gradient[1]),
+            density_predicted=largest(gap, std_gap, (weight - 1) * gradient[1]),
+            ratio=largest(ratio[k] - ratio[1]) * c[k] ** 2,
+            ratio_predicted=largest(wanted[k] - wanted[1]) * c[k] ** 2,
+            gradient=largest(gradient[k] - weight * gradient[1]),
+            gap=largest(off - gap),
+        )
+    return found
+
+
 def straight_pull(theory: Theory, scene: Scene, k: int, step: int) -> Tensor:
     """sum_i A_i (x_s - mu^(k)) of one step, [d]: d mu^(k)/d theta is a multiple of the identity."""
     rollout = scene.rollout
@@ -256,6 +300,46 @@ def product(
     return Product(error, predicted, clipped, clipped_predicted)
 
 
+def finer_steps(bench: Bench, kernel: str, k: int) -> dict[str, Product]:
+    """Along states out of the air: equal and unequal shares, and a network evaluated anew."""
+    field, x = bench.fixture("network").field, bench.normal(3, fields.DIM, of="e8")
+    other = fields.nudged(field, 0.3, bench.generator("e8"))
+    process = pave.Process(torch.tensor(POINT, dtype=torch.float64), kernel, ETA)
+    states = [x, *(x + bench.normal(3, fields.DIM, of=("e8", k, j)) / 2 for j in range(k))]
+    chain = Chain(states, *POINT, process)
+    random = torch.rand(k, generator=bench.generator("e8 shares", k), dtype=torch.float64)
+    even, uneven = random.to(x) + 0.1, torch.linspace(1, 2, k, dtype=x.dtype).to(x)
+    even, uneven = even / even.sum(), uneven / uneven.sum()
+    return {
+        "equal": product(chain, field, other, (even, even), anew=False),
+        "unequal": product(chain, field, other, (uneven, even), anew=False),
+        "anew": product(chain, field, other, (even, even), anew=True),
+    }
+
+
+# ---- Clipping (E9) -------------------------------------------------------------------------------
+
+
+def clipped_terms(bench: Bench, scene: Scene) -> Tensor:
+    """policy_loss after an update less PPO's rule written for each term; loss and gradient.
+
+    NaN if the clip does not act in every term.
+    """
+    clip, A, S = 0.01, scene.advantages, bench.factors
+    other = fields.nudged(scene.field, 0.05, bench.generator("e9"))
+    old = pave.policy_loss(scene.field, scene.rollout, A, factors=S).old
+    result = pave.policy_loss(other, scene.rollout, A, factors=S, clip=clip, old=old)
+    wanted = torch.zeros_like(result.loss)
+    for k, p in pave.rescore(other, scene.rollout, S).items():
+        ratio = (p.log_prob(scene.rollout.x_s) - old.log_probs[k]).exp()
+        term = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
+        wanted = wanted - term * (1 if k == 1 else 1 / len(S))
+    a, b = flat_gradient(result.loss, other), flat_gradient(wanted, other)
+    error = largest((a - b) / b.norm(), result.loss - wanted)
+    acts = min(term.clip_fraction for term in result.terms.values()) > 0
+    return error if acts else error * math.nan
+
+
 # ---- Variances, policy gradients, derivatives (E11, TRUTH, GRADIENT) -----------------------------
 
 
@@ -299,6 +383,21 @@ def group_estimates(
             # Back from the mean over groups and steps; centring by its own group costs 1 - 1/G.
             draws = -torch.cat(both_parameters, 1) * P * len(steps) / (1 - 1 / G)
             yield k, form, draws
+
+
+def marginal_samples(bench: Bench, kernel: str, mode: str) -> tuple[Tensor, float, float]:
+    """Samples [n] of a Gaussian flow, and the mean and variance that propagation predicts."""
+    n, own = SAMPLES // 2, mode == "independent"
+    m = torch.tensor([0.7], dtype=torch.float64, device=bench.device)
+    q = torch.tensor([0.4], dtype=torch.float64, device=bench.device)
+    process = pave.Process(pave.schedule(6, 1.5), kernel, ETA)
+    steps = process.stochastic_steps() if own else (2,)
+    x_1 = bench.normal(n, 1, 1, of=("marginal", kernel, mode))
+    z = bench.normal(n, len(steps), 1, 1, of=("marginal steps", kernel, mode))
+    sample = pave.rollout_independent if own else pave.rollout_shared_anchor
+    rollout = sample(fields.Gaussian(m, q.log()), process, pave.Noise(x_1, z), steps)
+    mean, var = fields.gaussian_law(process, m, q, 0 * m, 1 + 0 * m, steps)
+    return rollout.x_0.flatten(), mean.item(), var.item()
 
 
 def derivatives(bench: Bench, scene: Scene, form: str) -> tuple[Tensor, Tensor, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from zoo.oracle.bench import Bench
-from zoo.oracle.claims import Claims, Row, Statement, as_json, status_of
+from zoo.oracle.claims import Claims, Clause, Row, Statement, as_json, status_of
 from zoo.oracle.findings import CONVERGES, FALSE_ALARM, HOLDS, INCONCLUSIVE, REFUTED, STATISTICS, Z
 
 SCHEMA = 2
@@ -77,23 +77,29 @@ def spoken(
     topic: str, statement: Statement, name: str, cells: Cells, tested: Sequence[str]
 ) -> Iterator[str]:
     """What a statement says on a topic: a clause for each verdict that some kernel has."""
+    kernels = [kernel for kernel in tested if (name, kernel) in cells]
     for clause in statement.clauses:
-        by_words: dict[str, list[str]] = {}
-        for kernel in tested if clause.topic == topic else ():
-            if (name, kernel) in cells:
-                verdict = verdict_of(cells[name, kernel])
-                words = clause.false if verdict == REFUTED else clause.true
-                if verdict == INCONCLUSIVE:
-                    words = f"undecided: {statement.text}"
-                elif not all(row.as_registered for row in cells[name, kernel]):
-                    words = f"{words or statement.text} (NOT as registered)"
-                by_words.setdefault(words, []).append(kernel)
-        for words, kernels in by_words.items():
-            names = ", ".join(kernels)
+        speakers: dict[str, list[str]] = {}
+        for kernel in kernels if clause.topic == topic else ():
+            words = words_of(clause, statement, cells[name, kernel])
+            speakers.setdefault(words, []).append(kernel)
+        for words, those in speakers.items():
+            names = ", ".join(those)
             if "{}" in words:
                 yield words.format(names)
             elif words:
-                yield words if kernels == list(tested) else f"{words} under {names}"
+                yield words if those == list(tested) else f"{words} under {names}"
+
+
+def words_of(clause: Clause, statement: Statement, rows: Sequence[Row]) -> str:
+    """What a clause says of one kernel; '' is nothing."""
+    verdict = verdict_of(rows)
+    if verdict == INCONCLUSIVE:
+        return f"undecided: {statement.text}"
+    words = clause.false if verdict == REFUTED else clause.true
+    if all(row.as_registered for row in rows):
+        return words
+    return f"{words or statement.text} (NOT as registered)"
 
 
 def wrapped(text: str) -> list[str]:
