@@ -482,7 +482,7 @@ def e7(bench: Bench) -> Measurements:
 def matched_term(bench: Bench, scene: Scene, coarse: Tensor, at: dict[str, Any]) -> Measurements:
     """Its log-density beside the one stored while sampling; its attribution beside `coarse`."""
     rollout, k = scene.rollout, at["k"]
-    how = dict(factors=(k,), form="matched", reduction="sum")
+    how: dict[str, Any] = {"factors": (k,), "form": "matched", "reduction": "sum"}
     with torch.no_grad():
         old = pave.policy_loss(scene.field, rollout, scene.advantages, **how).old
         std = pave.rescore(scene.field, rollout, ())[1].std
