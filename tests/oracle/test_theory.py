@@ -55,7 +55,7 @@ def test_four_kernels_fit_the_page(register, small):
     bench = small(None, (2,))
     rows = oracle.CLAIMS.run(bench, ["E5", "E11"])
     page = report.front_page(rows, oracle.CLAIMS, bench, 1.0)
-    assert max(map(len, page.splitlines())) <= 100 and page.count("velocity weights add up") == 2
+    assert max(map(len, page.splitlines())) <= 100 and page.count("they add up, 1 to 0.8") == 2
 
 
 class Altered(Root):
