@@ -7,9 +7,9 @@
     measures.py       what is measured; experiments.py, the setups of single claims
     comparison.py     decomposed against original, step by step; figures.py, the pictures
     report.py         the page, every row, JSON, docs/VERDICTS.md; options.py, the command line
-    judging.py        judges other implementations; questions.py asks them, bugs.py knows bugs
+    judging.py        judges other implementations; questions.py asks them; bugs.txt, the known bugs
     vectors.py        golden vectors for other languages
 
 A new kernel is a function in pave_grpo.KERNELS and a class in theory.RECORDS. A new claim is a
-decorated function in verify_equivalence.py. A new known bug is an entry in bugs.py.
+decorated function in verify_equivalence.py. A new known bug is an entry in bugs.txt.
 """
