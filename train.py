@@ -58,8 +58,8 @@ def train(
 ) -> None:
     """Judge, align, judge again.
 
-    The first Ctrl-C ends the run after the iteration it falls in, a reward that fails at once.
-    Both keep what there is.
+    The first Ctrl-C ends the run after the iteration it falls in; a failing reward ends it
+    immediately. Both keep what there is.
     """
     run, interrupt, done = Run(o, policy, judges, data, ranks), Interrupt(), 0
     optimizer, rate = optimizer_of(o, policy.tuned)

@@ -311,6 +311,8 @@ class Options:
 
 ABOUT: dict[str, About] = {f.name: f.metadata["about"] for f in dataclasses.fields(Options)}
 TYPES: dict[str, Any] = get_type_hints(Options)
+
+
 # ---- What options name ---------------------------------------------------------------------------
 
 
