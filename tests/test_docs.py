@@ -141,6 +141,8 @@ def oracle(words: list[str]) -> list[str]:
         return ["-c", PARSE_ALONE, *words[1:]]
     if "--claims" not in words:
         words += ["--claims", "E2" if "--model" in words else "E5"]
+    elif "--vary-seed" not in words:
+        words = replace_flag(words, "--claims", ["E5", "E11"])  # in a second
     if "--factors" not in words:
         words += ["--factors", "2"]
     if {"--model", "--plots"} & set(words) and "--kernels" not in words:
