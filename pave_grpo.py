@@ -539,8 +539,7 @@ def policy_loss(
                   coarse steps at the observed x_t, reduced as the log-probability is
     term_weights  {k: w_k}, each a number or [n], one per stochastic step; default 1 and 1/|S|
     old           .old of the first update on this rollout; None: this pass is theta_old, ratios 1
-    The mean is over members, stochastic steps and prompts. Raises ValueError, before any
-    evaluation, for arguments that do not fit together.
+    The mean is over members, steps, prompts. ValueError where arguments do not fit together.
     """
     ks = (1, *check_factors(factors))
     check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)

@@ -771,7 +771,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report.front_page(rows, CLAIMS, bench, seconds))
     if o.rows:
         print(f"\n{report.every_row(rows, CLAIMS)}")
-    if o.rows or o.compare:
+    if (o.rows or o.compare) and "TRUTH" in names:
         print(f"\n{report.show_estimates(rows)}")
     table = []
     if o.compare or o.plots or (o.json and not o.claims):

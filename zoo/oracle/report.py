@@ -262,9 +262,10 @@ def failure_rate(rows: Sequence[Row], times: int) -> str:
     """Of statistical rows under fresh seeds, in two lines."""
     unclear = sum(row.verdict == INCONCLUSIVE for row in rows if not row.as_registered)
     wrong = sum(not row.as_registered for row in rows) - unclear
+    seeds = f"{times} seed{'s' * (times > 1)}"
     return (
         f"{wrong} of {len(rows)} statistical verdicts were wrong and {unclear} inconclusive, over "
-        f"{times} seeds;\nthe registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict"
+        f"{seeds};\nthe registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict"
     )
 
 
