@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -30,22 +31,32 @@ class Patch(NamedTuple):
     new: str
 
 
-def read(table: str) -> tuple[Patch, ...]:
-    """The entries of a table in the format that bugs.txt states. ValueError for a malformed one."""
-    patches = []
+def entries(table: str) -> Iterator[tuple[str, str, str]]:
+    """(head, old, new) of each entry of a table: a line, and lines that begin "- " and "+ ".
+
+    Entries are set apart by an empty line; # begins a comment. Raises ValueError for a malformed
+    one.
+    """
     lines = [line for line in table.splitlines() if not line.startswith("#")]
     for entry in "\n".join(lines).split("\n\n"):
         head, *changes = entry.strip("\n").splitlines() or [""]
         if not head:
             continue
-        name, level, says = head.split(" | ")
         old = [line[2:] for line in changes if line.startswith("- ")]
         new = [line[2:] for line in changes if line.startswith("+ ")]
-        if level not in LEVELS or not old or not new or len(old) + len(new) < len(changes):
-            raise ValueError(
-                f"bugs.txt: {name!r} is malformed; its first lines say how it should be"
-            )
-        patches.append(Patch(name, level, says, "\n".join(old), "\n".join(new)))
+        if not old or not new or len(old) + len(new) < len(changes) or head.count(" | ") < 2:
+            raise ValueError(f"{head!r} is malformed; the table's first lines say how it should be")
+        yield head, "\n".join(old), "\n".join(new)
+
+
+def read(table: str) -> tuple[Patch, ...]:
+    """The entries of a table in the format that bugs.txt states. ValueError for a malformed one."""
+    patches = []
+    for head, old, new in entries(table):
+        name, level, says = head.split(" | ")
+        if level not in LEVELS:
+            raise ValueError(f"bugs.txt: {name!r}: level {level!r} must be of {', '.join(LEVELS)}")
+        patches.append(Patch(name, level, says, old, new))
     return tuple(patches)
 
 
