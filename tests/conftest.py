@@ -34,3 +34,14 @@ def one_process(monkeypatch, tmp_path):
     yield
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing, where a test looks at no picture: plots take seconds."""
+
+    def draw_nothing(*args, **how):
+        pass
+
+    monkeypatch.setattr("zoo.training.pictures.draw_grid", draw_nothing)
+    monkeypatch.setattr("zoo.training.pictures.draw_curve", draw_nothing)

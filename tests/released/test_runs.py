@@ -22,17 +22,6 @@ SGD = "--optimizer sgd --lr 10 --max-grad-norm inf"
 JUDGE = "zoo.rewards.example:contrast"
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Runs draw nothing, where a test looks at no picture: plots take seconds."""
-
-    def draw_nothing(*args, **how):
-        pass
-
-    monkeypatch.setattr("zoo.training.pictures.draw_grid", draw_nothing)
-    monkeypatch.setattr("zoo.training.pictures.draw_curve", draw_nothing)
-
-
 def distance(a, b):
     return math.sqrt(sum((a[name].float() - b[name].float()).square().sum().item() for name in a))
 
@@ -104,20 +93,6 @@ def test_a_full_run_saves_what_from_pretrained_loads(folders, run, name, cls):
     assert set(start) == set(moved) and distance(start, moved) > 1e-3
     _, halves = run(name, "half", f"{SGD} --tune full --dtype bfloat16")
     assert {w.dtype for w in halves.values()} == {torch.bfloat16} and distance(start, halves) > 1e-3
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_the_average_is_what_is_saved_and_judged(folders, run):
-    """EMA of decay 1/2 over two steps is (theta_0 + theta_1 + 2 theta_2) / 4; no step sees it."""
-    more = f"{SGD} --tune full --iterations"
-    kept = [start_of(folders["flux"])]
-    kept += [run("flux", f"plain{n}", f"{more} {n}")[1] for n in (1, 2)]
-    _, average = run("flux", "ema", f"{more} 2 --ema 0.5 --eval-every 1")
-    wanted = {name: (kept[0][name] + kept[1][name] + 2 * kept[2][name]) / 4 for name in average}
-    step = distance(kept[0], kept[2])
-    assert distance(average, wanted) <= 1e-5 * step < 1e-2 * distance(average, kept[2])
-    plain, ema = summary_of("plain2")["heldout"], summary_of("ema")["heldout"]
-    assert plain["before"] == ema["before"] and plain["after"] != ema["after"]
 
 
 # ---- The same gradient ---------------------------------------------------------------------------

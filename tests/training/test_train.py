@@ -97,32 +97,6 @@ def test_only_what_is_tuned_moves():
         assert moved & pixel == moving and "blocks" in moved
 
 
-def test_the_optimizers_options_act():
-    """A step is as long as rate, warm-up and clipping say; weight decay pulls by rate * decay."""
-    start = shapes_model.load().state_dict()
-
-    def stepped(out, flags):
-        line = run(out, f"--iterations 1 {flags}")[1]
-        return line, {name: w - start[name] for name, w in weights_of(out).items()}
-
-    def length(moved):
-        return sum(z.double().square().sum() for z in moved.values()) ** 0.5
-
-    sgd = "--optimizer sgd --lr 4 --warmup 3"
-    line, moved = stepped("sgd", sgd)
-    assert line["lr"] == 1 and length(moved) == pytest.approx(line["grad_norm"], rel=1e-3)
-    line, clipped = stepped("clipped", f"{sgd} --max-grad-norm 1e-3")
-    assert line["grad_norm"] > 1e-3 and length(clipped) == pytest.approx(1e-3, rel=1e-2)
-
-    adam = "--lr 0.01 --warmup 0 --weight-decay"
-    _, free = stepped("free", f"{adam} 0")
-    _, pulled = stepped("pulled", f"{adam} 2")
-    for name in free:
-        if name.split(".")[0] not in shapes_model.PIXEL_LAYERS:
-            decayed = pulled[name] - free[name]
-            torch.testing.assert_close(decayed, -0.02 * start[name], rtol=1e-3, atol=1e-6)
-
-
 def test_the_rate_warms_up_to_what_was_asked():
     """i / (warmup + 1) of it in iteration i, and exactly all of it afterwards."""
     o = train.parse(["--warmup", "15", "--lr", "2e-4"])
