@@ -6,16 +6,20 @@ Each is run in a short form. One that cannot run everywhere says so on its line 
 """
 
 import doctest
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -116,8 +120,9 @@ def training(words: list[str], is_marked: bool) -> list[str]:
     if words[0] == "torchrun":
         assert is_marked, "a command with torchrun says how many GPUs it needs"
         torch.distributed.run.get_args_parser().parse_args(words[1:])  # its own flags exist
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        costs_only = any(word.startswith("--nnodes") for word in words)
+        if not any(word.startswith("--nnodes") for word in words):
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        costs_only = not launcher
     words = words[words.index("train.py") :]
     if is_marked and "--model" in words:
         launcher, words = [], without_hub(words)
@@ -164,7 +169,6 @@ MODULES = {  # how the modules that are programs are shortened
     "zoo.training.draw": lambda words: set_flags(words, {"--threads": "1"}),
     "zoo.training.pictures": lambda words: words,
     "zoo.oracle.draw_decomposition": lambda words: words,
-    "pytest": lambda words: [*words, "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT)],
     "pydoc": lambda words: words,
 }
 
@@ -200,13 +204,46 @@ def test_a_command_is_marked_wherever_it_stands():
 
 
 def run(words: list[str], folder: Path) -> str:
-    """What the command prints; it must exit with status 0."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert result.returncode == 0, f"{words}\n{result.stderr[-2000:]}"
-    return result.stdout
+    """What a command line after this Python prints; it must exit with status 0."""
+    status, said = start(words, folder)
+    assert status == 0, f"{words}\n{said[-2000:]}"
+    return said
+
+
+def start(words: list[str], folder: Path) -> tuple[Any, str]:
+    """(exit status, what is printed) of a script, -m module or -c text, in a folder.
+
+    It runs in this process, which has imported already what would take each command seconds; only
+    ranks are started as others.
+    """
+    if words[1] == "torch.distributed.run":
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        how = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, *words], check=False, timeout=280, **how)
+        return done.returncode, done.stdout + done.stderr
+    loaded, threads = set(sys.modules), torch.get_num_threads()
+    handler, said = signal.getsignal(signal.SIGINT), io.StringIO()
+    status: Any = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words[1:] if words[0].startswith("-") else words)
+        patch.setattr(sys, "path", [str(folder), *sys.path])
+        try:
+            with redirect_stdout(said), redirect_stderr(said):
+                if words[0] == "-m":
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                elif words[0] == "-c":
+                    exec(words[1], {"__name__": "__main__"})
+                else:
+                    runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+    for name in set(sys.modules) - loaded:  # a page's theirs.py is another in another test
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+    return status, said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +255,7 @@ def prepared(tmp_path_factory):
         made = make(tmp_path_factory.mktemp("made"))
         made.rename(folder / "tiny" / made.name)
     words = set_flags([str(ROOT / "train.py"), "--out", "run"], SHORT_TRAINING)
-    run([sys.executable, *words], folder)
+    run(words, folder)
     return folder
 
 
@@ -245,8 +282,8 @@ ON_PYTHON = [c for c in COMMANDS if c.text.startswith(("python", "torchrun"))]
 @pytest.mark.parametrize("command", ON_PYTHON, ids=lambda command: command.text)
 def test_commands_run(command, desk):
     """Every command of the documents exits with status 0, in a short form."""
-    if command.text == "python train.py":
-        return  # `prepared` has run it
+    if command.text in ("python train.py", "python -m pytest"):
+        return  # `prepared` has run the first, and this is the second
     if "random_pipelines" in command.text:
         (desk / "tiny").unlink()
     made = re.search(r"train\.py.* --out (\S+)", command.text)
@@ -254,7 +291,7 @@ def test_commands_run(command, desk):
         (desk / made[1]).unlink(missing_ok=True)
     if "--check-vectors" in command.text:
         vectors.write(desk / "vectors")
-    run([sys.executable, *short_form(command)], desk)
+    run(short_form(command), desk)
 
 
 def test_prompt_files_are_made_as_shown(desk):
@@ -264,7 +301,7 @@ def test_prompt_files_are_made_as_shown(desk):
         (desk / name).unlink()
     for command in COMMANDS:
         if command.text.startswith("echo"):
-            run(["bash", "-c", command.text], desk)
+            subprocess.run(["bash", "-c", command.text], cwd=desk, check=True)
     assert {name: (desk / name).read_text() for name in before} == before
 
 
@@ -287,7 +324,8 @@ def test_pip_installs_the_core_alone(tmp_path):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "zoo" / "rewards", source / "zoo" / "rewards")
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--no-compile"]
-    run([sys.executable, "-m", "pip", "install", ".", *offline, "--target", str(target)], source)
+    install = [sys.executable, "-m", "pip", "install", ".", *offline, "--target", str(target)]
+    subprocess.run(install, cwd=source, check=True)
     (metadata,) = target.glob("pave_grpo-*.dist-info/METADATA")
     assert [path.name for path in target.glob("*.py")] == ["pave_grpo.py"]
     assert not (target / "zoo").exists()
@@ -303,13 +341,10 @@ def test_judgements_are_shown_as_they_are_printed(desk):
     """The example of another implementation is judged as the page says, right and with its bug."""
     page = TEXTS["docs/CONVENTIONS.md"]
     right, wrong = re.findall(r"```\n(level.*?|verdict.*?)```", page, re.S)
-    command = [sys.executable, str(ROOT / "verify_equivalence.py"), "--against", "theirs:log_prob"]
+    command = [str(ROOT / "verify_equivalence.py"), "--against", "theirs:log_prob"]
 
     def printed() -> list[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            command, cwd=desk, env=environment, capture_output=True, text=True, timeout=280
-        ).stdout.splitlines()
+        return start(command, desk)[1].splitlines()
 
     lines = printed()
     for line in right.splitlines():
@@ -368,12 +403,8 @@ def test_the_tour_quotes_the_core():
 def test_flags_exist(tmp_path):
     """Every flag a page names is one of the programs'."""
     known = {"--shutdown-timeout"}  # torchrun's
-    for words in (["train.py"], ["verify_equivalence.py"]):
-        known |= set(
-            re.findall(
-                r"--[a-z][a-z-]*", run([sys.executable, str(ROOT / words[0]), "--help"], tmp_path)
-            )
-        )
+    for program in ("train.py", "verify_equivalence.py", "tests/planted_bugs.py"):
+        known |= set(re.findall(r"--[a-z][a-z-]*", run([str(ROOT / program), "--help"], tmp_path)))
     for name, text in TEXTS.items():
         for code in re.findall(r"`(--[^`]+)`", text):
             flag = re.match(r"--[a-z-]+", code)[0]
