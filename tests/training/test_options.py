@@ -1,12 +1,17 @@
 """The options: what a command line may say, what is refused in one line, what --help shows."""
 
+import dataclasses
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 import train
-from zoo.training import draw, evaluate, options
+from zoo.training import command_line, draw, evaluate, options
 
 pytestmark = pytest.mark.usefixtures("one_process")
 ROOT = Path(__file__).parents[2]
@@ -139,3 +144,225 @@ def test_help_has_every_option_once_in_its_group(capsys):
 def test_defaults_pass_every_rule():
     """Nothing given is what the fields say, and is a run."""
     assert train.parse([]) == options.Options()
+
+
+# ---- Defaults ------------------------------------------------------------------------------------
+
+DEFAULTS = dict(
+    model="",
+    reward=("rule",),
+    prompts="",
+    eval_prompts="",
+    tune="transformer",
+    rank=64,
+    alpha=128.0,
+    preset="",
+    revision="",
+    size=(),
+    guidance=0.0,
+    iterations=40,
+    out="",
+    dry_run=False,
+    device="auto",
+    threads=0,
+    seed=0,
+    factors=(2, 3),
+    prompts_per_iteration=8,
+    group_size=24,
+    steps=8,
+    sde_steps=(1,),
+    shift=1.0,
+    sigmas="shifted",
+    kernel="flow_sde",
+    eta=0.7,
+    rollouts="shared_anchor",
+    own_start=False,
+    form="paper",
+    reduction="mean",
+    updates=1,
+    clip=1e-4,
+    kl=0.0,
+    eval_reward=("right", "rule"),
+    heldout=512,
+    eval_steps=(16, 8, 40),
+    eval_every=0,
+    eval_batch=128,
+    lr=2e-4,
+    warmup=15,
+    optimizer="adamw",
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+    ema=0.0,
+    dtype="float32",
+    checkpointing=False,
+    rollout_batch=0,
+    update_batch=0,
+    reward_batch=0,
+    decode_batch=4,
+)
+RELEASED = dict(  # what of it is another with --model
+    model="owner/name",
+    revision="abc",
+    reward=("clip:0.01", "hpsv2"),
+    eval_reward=("clip", "hpsv2"),
+    tune="lora",
+    size=(512, 512),
+    guidance=9.5,
+    iterations=300,
+    group_size=12,
+    steps=16,
+    sde_steps=(0, 2, 4, 6),
+    shift=3.0,
+    eta=0.8,
+    heldout=64,
+    eval_steps=(16, 40),
+    eval_every=50,
+    eval_batch=16,
+    lr=1e-4,
+    warmup=0,
+    dtype="bfloat16",
+    checkpointing=True,
+    rollout_batch=16,
+    update_batch=1,
+    reward_batch=16,
+)
+
+
+@pytest.fixture
+def family(monkeypatch):
+    """A family with a guidance of its own; what was asked to find it."""
+    asked = []
+
+    def family_of(*place):
+        asked.append(place)
+        return SimpleNamespace(preset="theirs", default_guidance=9.5)
+
+    monkeypatch.setattr(command_line.families, "family_of", family_of)
+    return asked
+
+
+def test_the_defaults_are_those_of_the_documented_run():
+    """A default changed in silence changes the figures of README and of docs/RUNS.md."""
+    assert dataclasses.asdict(options.Options()) == DEFAULTS
+
+
+GIVEN = {"model": "owner/name", "revision": "abc", "reward": ("clip:0.01", "hpsv2")}
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        ({}, {}),
+        ({"tune": "full"}, {"tune": "full", "lr": 2e-6}),
+        ({"preset": "theirs"}, {"preset": "theirs", "tune": "full", "lr": 2e-6}),
+        ({"preset": "theirs", "tune": "lora"}, {"preset": "theirs"}),
+        ({"lr": 0.5, "steps": 3, "guidance": 2.0}, {"lr": 0.5, "steps": 3, "guidance": 2.0}),
+        ({"eval_reward": ("pickscore",)}, {"eval_reward": ("pickscore",)}),
+    ],
+)
+def test_a_released_model_has_defaults_of_its_own(more, changed, family):
+    """What is typed goes before them; judges are the rewards, without their weights."""
+    settled = command_line.settle(GIVEN | more)
+    assert dataclasses.asdict(settled) == DEFAULTS | RELEASED | changed
+    assert family == [("owner/name", "abc")]
+
+
+def test_a_preset_of_another_family_is_refused(family):
+    """By name, with the one that would be right."""
+    with pytest.raises(ValueError, match="--preset ours: must be theirs for this model"):
+        command_line.settle(GIVEN | {"preset": "ours"})
+
+
+def test_what_is_aligned_is_made_of_the_options(monkeypatch):
+    """Every argument of either policy; a reference only where a KL needs it."""
+    made = Mock()
+    monkeypatch.setattr(options.policies, "Embedded", made.embedded)
+    monkeypatch.setattr(options.policies, "Released", made.released)
+    for kl in (0.0, 0.5):
+        options.policy_of(options.Options(tune="full", shift=2.0, kl=kl))
+        (checkpoint, tune, shift), how = made.embedded.call_args
+        assert (checkpoint.name, tune, shift) == ("shapes.safetensors", "full", 2.0)
+        assert how == {"reference": kl > 0}
+        o = options.Options(
+            **GIVEN,
+            size=(32, 64),
+            guidance=2.5,
+            dtype="bfloat16",
+            sigmas="pipeline",
+            shift=5.0,
+            tune="lora",
+            rank=3,
+            alpha=7.0,
+            seed=11,
+            checkpointing=True,
+            kl=kl,
+            decode_batch=9,
+        )
+        options.policy_of(o, ranks=2)
+        assert made.released.call_args.args == ("owner/name", "abc")
+        assert made.released.call_args.kwargs == {
+            "size": (32, 64),
+            "guidance": 2.5,
+            "dtype": torch.bfloat16,
+            "sigmas": "pipeline",
+            "shift": 5.0,
+            "tune": "lora",
+            "rank": 3,
+            "alpha": 7.0,
+            "seed": 11,
+            "checkpointing": True,
+            "reference": kl > 0,
+            "decode_batch": 9,
+            "world": 2,
+        }
+
+
+# Rules at their edges: (the last value that is refused, the first that is not).
+EDGES = {
+    "iterations": (0, 1),
+    "threads": (-1, 0),
+    "group_size": (1, 2),
+    "eta": (0.0, 1e-9),
+    "shift": (math.inf, 1e9),
+    "clip": (0.0, 1e-9),
+    "kl": (math.inf, 1e9),
+    "lr": (math.inf, 1e9),
+    "weight_decay": (-1e-9, 0.0),
+    "heldout": (0, 4),
+    "eval_batch": (2, 4),
+    "max_grad_norm": (0.0, math.inf),
+    "ema": (1.0, 0.999999),
+    "eval_steps": ((8, 8), (8, 9)),
+    "update_batch": (-1, 0),
+    "reward": ((), ("rule",)),
+    "eval_reward": (("rule:2",), ("rule:1",)),
+}
+
+
+@pytest.mark.parametrize(("name", "edge"), EDGES.items())
+def test_rules_end_where_they_say(name, edge):
+    """Just outside is refused, just inside is not."""
+    refused, taken = edge
+    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
+        command_line.check_alone(options.Options(**{name: refused}), [])
+    command_line.check_alone(options.Options(**{name: taken}), [])
+
+
+READ_ONLY = {  # an option given, the run that does not read it, the run that does
+    "rank": ({"tune": "full"}, {"tune": "lora"}),
+    "shift": ({"sigmas": "pipeline"}, {"sigmas": "shifted"}),
+    "own_start": ({"rollouts": "shared_anchor"}, {"rollouts": "independent"}),
+    "form": ({"factors": ()}, {"factors": (2,)}),
+    "weight_decay": ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
+    "decode_batch": ({"model": ""}, {"model": "x", "size": (8, 8)}),
+}
+
+
+@pytest.mark.parametrize(("name", "runs"), READ_ONLY.items())
+def test_an_option_that_is_not_read_is_refused(name, runs):
+    """Where no run could notice it, it must be left out; and only where it is given."""
+    without, reading = runs
+    with pytest.raises(ValueError, match=r"must be left out, being read only with"):
+        command_line.check_alone(options.Options(**without), [name])
+    command_line.check_alone(options.Options(**without), [])
+    command_line.check_alone(options.Options(**reading), [name])

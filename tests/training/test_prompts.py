@@ -71,3 +71,52 @@ def test_shown_prompts_are_of_all_kinds_and_few_are_enough():
     assert {kinds.count(kind) for kind in ("count", "conjunction", "relation")} == {2, 3}
     one = prompts.Prompts(("a",), ("b",))
     assert one.shown((2,), lambda prompt: "")[1].shape == (1, 4, 2)
+
+
+def draws(*key, n=4, shape=(2,)):
+    """n standard normal states of the stream of a key."""
+    return torch.randn(n, *shape, generator=prompts.generator_of(*key))
+
+
+def test_pairs_go_round_the_heldout_prompts():
+    """Four pictures of each in a random order, then the first again, each from noise of its own."""
+    data = prompts.Prompts(("t",), ("a", "b", "c"))
+    order = data.in_order()
+    assert sorted(order) == ["a", "b", "c"] and len(prompts.Prompts().in_order()) == 151
+    assert prompts.Prompts().in_order() != sorted(prompts.Prompts().heldout)
+    asked, noise = data.pairs((2,), 20)
+    assert asked == [prompt for prompt in [*order, *order[:2]] for _ in range(4)]
+    for turn in range(5):
+        assert torch.equal(noise[4 * turn : 4 * turn + 4], draws(0, turn))
+
+
+def test_pictures_show_heldout_prompts_kind_by_kind():
+    """Three of five, as many of each kind as can be; their noise is no pair's."""
+    data = prompts.Prompts(("t",), ("a1", "a2", "a3", "b1", "c1"))
+
+    def kind(prompt):
+        return prompt[0]
+
+    shown, noise = data.shown((2,), kind, 3)
+    assert [kind(prompt) for prompt in shown] == ["a", "b", "c"]
+    four, _ = data.shown((2,), kind, 4)
+    assert [kind(prompt) for prompt in four] == ["a", "a", "b", "c"]
+    assert set(four) <= set(data.heldout)
+    for i in range(3):
+        assert torch.equal(noise[i], draws(1, i))
+
+
+def test_two_files_are_reported_and_kept_apart(tmp_path):
+    """Lines left out of either are said; the first file is trained on, the second is held out."""
+    train, heldout = tmp_path / "train.txt", tmp_path / "heldout.txt"
+    train.write_text("a\n\nb\n")
+    heldout.write_text("c\nc\n")
+    data = prompts.Prompts.of_files(train, heldout)
+    assert (data.train, data.heldout) == (("a", "b"), ("c",))
+    assert [line.split(": ")[0] for line in data.report] == [
+        f"{train}, line 2",
+        f"{heldout}, line 2",
+    ]
+    heldout.write_text("c\nb\n")
+    with pytest.raises(ValueError, match="'b' is a training prompt; must be held out"):
+        prompts.Prompts.of_files(train, heldout)
