@@ -366,3 +366,11 @@ def test_an_option_that_is_not_read_is_refused(name, runs):
         command_line.check_alone(options.Options(**without), [name])
     command_line.check_alone(options.Options(**without), [])
     command_line.check_alone(options.Options(**reading), [name])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_device_is_one_that_this_machine_has(there, monkeypatch):
+    """cuda where there is CUDA; cpu and auto everywhere; nothing else."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    taken = [name for name in ("cpu", "auto", "cuda", "cuda:0", "mps") if options.is_device(name)]
+    assert taken == ["cpu", "auto", *(["cuda"] if there else [])]
