@@ -635,6 +635,7 @@ BAD = [
     (dict(kl=math.nan), "kl=nan"),
     (dict(term_weights={1: 1.0, 2: 1.0}), "term_weights for k = [1, 2]"),
     (dict(term_weights={}), "term_weights for k = []"),
+    (dict(term_weights=dict.fromkeys((1, 2, 3, 4), 1.0)), "term_weights for k = [1, 2, 3, 4]"),
     (dict(term_weights=dict.fromkeys((1, 2, 3), [1.0] * 3)), "term_weights[1] of shape (3,)"),
     (dict(term_weights=dict.fromkeys((1, 2, 3), torch.ones(3))), "term_weights[1] of shape (3,)"),
     (dict(reduction="avg"), "reduction='avg'"),
@@ -655,6 +656,30 @@ def test_bad_arguments_are_one_line(arguments, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
         pg.policy_loss(network(), rollout, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [dict(factors=(2,)), dict(form="matched"), dict(reduction="sum")])
+def test_a_memory_serves_the_loss_it_is_of_alone(asked):
+    """.old of the same rollout, but of other factors, another form or reduction, is refused."""
+    rollout = roll("independent", network(), pg.Process(GRID), steps=[1])
+    A = some_advantages(rollout)
+    old = pg.policy_loss(network(), rollout, A).old
+    with pytest.raises(ValueError, match=r"^old is of k = \[1, 2, 3\], 'paper', 'mean': must be"):
+        pg.policy_loss(network(), rollout, A, **asked, old=old)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_sampling_gap_is_of_the_reduction(reduction):
+    """The largest |log p while sampling - log p in the first pass|: 0, or what was put in.
+
+    Of averaged log-probabilities it is averaged over the dimensions too.
+    """
+    rollout = roll("independent", network(), pg.Process(GRID), steps=[1])
+    A, d = some_advantages(rollout), rollout.x_s[0, 0, 0].numel()
+    for moved in (0.0, 0.5):
+        off = rollout._replace(log_prob=rollout.log_prob + moved * A.sign())
+        found = pg.policy_loss(network(), off, A, reduction=reduction).old.sampling_gap
+        assert found == pytest.approx(moved / (d if reduction == "mean" else 1), abs=1e-12)
 
 
 # ---- Devices -------------------------------------------------------------------------------------

@@ -345,6 +345,9 @@ def test_a_prompts_noise_is_its_own():
     everything = torch.cat([noise.x_1.flatten(0, 1), noise.z.flatten(0, 2)]).flatten(1)
     assert len(everything.unique(dim=0)) == len(everything) == 3 * 4 + 3 * 5 * 4
     assert pg.draw_noise(generators(0, 3), 4, (2, 2), 5).x_1.shape == (3, 1, 2, 2)
+    exact = pg.draw_noise(generators(2, 1), 4, (2, 2), 5, own_start=True, dtype=torch.float64)
+    drawn = torch.randn(4, 2, 2, generator=generators(2, 1)[0], dtype=torch.float64)
+    assert torch.equal(exact.x_1[0], drawn) and not torch.equal(drawn, drawn.float().double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
