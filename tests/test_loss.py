@@ -676,10 +676,10 @@ def test_the_sampling_gap_is_of_the_reduction(reduction):
     """
     rollout = roll("independent", network(), pg.Process(GRID), steps=[1])
     A, d = some_advantages(rollout), rollout.x_s[0, 0, 0].numel()
-    for moved in (0.0, 0.5):
-        off = rollout._replace(log_prob=rollout.log_prob + moved * A.sign())
+    for gap in (0.0, 0.5):
+        off = rollout._replace(log_prob=rollout.log_prob + gap * A.sign())
         found = pg.policy_loss(network(), off, A, reduction=reduction).old.sampling_gap
-        assert found == pytest.approx(moved / (d if reduction == "mean" else 1), abs=1e-12)
+        assert found == pytest.approx(gap / (d if reduction == "mean" else 1), abs=1e-12)
 
 
 # ---- Devices -------------------------------------------------------------------------------------
