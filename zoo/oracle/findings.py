@@ -40,7 +40,7 @@ class Finding(NamedTuple):
 
 def exact(error: Tensor | float, tolerance: float) -> Finding:
     """Is an error (absolute or relative, >= 0) within its rounding? HOLDS or REFUTED."""
-    error = float(torch.as_tensor(error).detach())
+    error = error.item() if isinstance(error, Tensor) else error
     verdict = HOLDS if error <= tolerance else REFUTED
     return Finding(INCONCLUSIVE if math.isnan(error) else verdict, error, 0.0, tolerance)
 

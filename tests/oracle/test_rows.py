@@ -1,0 +1,176 @@
+"""Every row that a report must have: a lost one would be a claim untested in silence."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import verify_equivalence as oracle
+from zoo.oracle.bench import Bench, Model
+
+MODES = ("shared_anchor", "independent")
+THREE = ("gaussian", "network", "rapid")
+TWO = ("network", "rapid")
+STRAIGHT = ("constant", "point")
+STEPS = ("constant, t = 0.7", "constant, t = 1", "point, t = 0.7", "point, t = 1")
+POINT_STEPS = ("point, 0.7 to 0.55", "point, 1 to 0.8")
+E5_STEPS = ("constant, 0.7 to 0.55", "constant, 1 to 0.8", "constant, 0.3 to 0")
+K = (2, 3)
+NO_K = (None,)
+
+# statement: (registered for flow_sde, cps, dance; k; rollouts; forms; fixtures), the last four in
+# all combinations. H holds, R refuted, C converges.
+EXPECTED = {
+    "E1.same": ("HHH", NO_K, MODES, ("both",), ("network",)),
+    "E2.direction": ("HHH", K, MODES[:1], ("paper",), THREE),
+    "E2.size": ("HHH", K, MODES[:1], ("paper",), THREE),
+    "E2.independent": ("RRR", K, MODES[1:], ("paper",), THREE),
+    "E2.clamped": ("RRR", K, MODES[:1], ("paper",), ("network",)),
+    "E3.ratio": ("RRR", K, ("either",), ("paper",), THREE),
+    "E3.ratio_formula": ("HHH", K, ("either",), ("paper",), THREE),
+    "E3.score": ("RRR", K, ("either",), ("paper",), THREE),
+    "E3.score_formula": ("HHH", K, ("either",), ("paper",), THREE),
+    "E3.spread": ("HHH", K, ("either",), ("paper",), THREE),
+    "E4.density": ("RHR", K, ("either",), ("paper",), STEPS),
+    "E4.ratio": ("RHR", K, ("either",), ("paper",), STEPS),
+    "E4.gradient": ("HHH", K, ("either",), ("paper",), STEPS),
+    "E4.gap": ("HHH", K, ("either",), ("paper",), STEPS),
+    "E4.direction": ("HHH", K, MODES, ("matched",), STRAIGHT),
+    "E4.direction ": ("HHH", K, MODES[:1], ("paper",), STRAIGHT),
+    "E4.independent": ("RHR", K, MODES[1:], ("paper",), STRAIGHT),
+    "E5.middle": ("RHR", K, ("",), ("",), E5_STEPS[:1]),
+    "E5.start": ("HHH", K, ("",), ("",), E5_STEPS[1:2]),
+    "E5.end": ("RHH", K, ("",), ("",), E5_STEPS[2:]),
+    "E5.formula": ("HHH", K, ("",), ("",), E5_STEPS),
+    "E6.parameters": ("RRR", K, MODES, ("paper", "matched"), THREE),
+    "E6.gap": ("CCC", K, ("either",), ("paper",), TWO),
+    "E6.bias": ("RHR", K, ("either",), ("paper",), TWO),
+    "E6.limit": ("CCC", K, ("either",), ("paper",), TWO),
+    "E6.gradient": ("CCC", K, ("either",), ("matched",), TWO),
+    "E7.density": ("HHH", K, MODES, ("matched",), THREE),
+    "E7.attribution": ("HHH", K, MODES, ("matched",), THREE),
+    "E7.gradient": ("HHH", K, MODES, ("matched",), THREE),
+    "E7.ratio": ("HHH", K, ("either",), ("matched",), TWO),
+    "E8.equal": ("HHH", K, ("either",), ("",), ("network",)),
+    "E8.unequal": ("RRR", K, ("either",), ("",), ("network",)),
+    "E8.anew": ("RRR", K, ("either",), ("",), ("network",)),
+    "E8.clipped": ("RRR", K, ("either",), ("",), ("network",)),
+    "E9.before": ("HHH", NO_K, MODES, ("paper",), ("network",)),
+    "E9.after": ("HHH", NO_K, MODES, ("paper",), ("network",)),
+    "E10.gradient": ("HHH", NO_K, MODES[1:], ("paper",), ("network",)),
+    "E10.ratio": ("RRR", K, ("either",), ("matched",), ("network",)),
+    "E10.ratio ": ("RRR", (1,), ("either",), ("",), ("network",)),
+    "E10.ratio_formula": ("HHH", K, ("either",), ("matched",), ("network",)),
+    "E10.ratio_formula ": ("HHH", (1,), ("either",), ("",), ("network",)),
+    "E11.step": ("RHR", NO_K, ("",), ("",), POINT_STEPS),
+    "E11.formula": ("HHH", NO_K, ("",), ("",), POINT_STEPS),
+    "E11.data": ("HRH", NO_K, ("",), ("",), ("gaussian, from t = 0.9",)),
+    "E11.limit": ("CCC", NO_K, ("",), ("",), ("gaussian, from t = 0.9",)),
+    "TRUTH.original": ("HHH", (1,), MODES[1:], ("original",), ("gaussian",)),
+    "TRUTH.paper": ("RRR", K, MODES[1:], ("paper",), ("gaussian",)),
+    "TRUTH.rescaled": ("RRR", K, MODES[1:], ("rescaled",), ("gaussian",)),
+    "TRUTH.matched": ("RRR", K, MODES[1:], ("matched",), ("gaussian",)),
+    "TRUTH.bias": ("HHH", K, MODES[1:], ("paper", "rescaled", "matched"), ("gaussian",)),
+    "TRUTH.held": ("-R-", (1,), MODES[1:], ("",), ("gaussian",)),  # cps alone holds a step back
+    "MARGINAL.mean": ("HHH", NO_K, MODES, ("",), ("gaussian",)),
+    "MARGINAL.variance": ("HHH", NO_K, MODES, ("",), ("gaussian",)),
+    "GRADIENT.forward": ("HHH", NO_K, MODES, ("paper", "matched"), ("network",)),
+    "GRADIENT.central": ("HHH", NO_K, MODES, ("paper", "matched"), ("network",)),
+}
+LETTERS = {"H": "HOLDS", "R": "REFUTED", "C": "CONVERGES"}
+
+
+def expected_rows():
+    """(statement, kernel, k, rollouts, form, fixture, registered verdict) of every row, sorted."""
+    rows = []
+    for name, (verdicts, *axes) in EXPECTED.items():
+        for kernel, letter in zip(("flow_sde", "cps", "dance"), verdicts, strict=True):
+            if letter != "-":
+                for where in product(*axes):
+                    rows.append((name.strip(), kernel, *where, LETTERS[letter]))
+    return sorted(rows, key=str)
+
+
+def test_no_row_is_lost_and_none_is_registered_otherwise(rows):
+    """Kernel by kernel, with k = 2 and 3 and every fixture but the embedded model's."""
+    found = [
+        (r.statement, r.kernel, r.k, r.rollouts, r.form, r.fixture, r.registered) for r in rows
+    ]
+    assert sorted(found, key=str) == expected_rows()
+    assert {name.strip() for name in EXPECTED} == set(oracle.CLAIMS.statements())
+
+
+SCENES = {
+    "E1": ("network", "embedded"),
+    "E2": ("gaussian", "network", "rapid", "embedded"),
+    "E6": ("gaussian", "network", "rapid", "embedded"),
+    "E7": ("gaussian", "network", "rapid", "embedded"),
+    "E9": ("network", "embedded"),
+    "GRADIENT": ("network",),
+}
+
+
+def test_the_embedded_model_is_among_the_fixtures(monkeypatch):
+    """Of the claims that can be tested on a model; others ask for no scenes of it."""
+    asked = {}
+
+    def noted(self, *names):
+        asked.setdefault("names", []).append(names)
+        return iter(())
+
+    monkeypatch.setattr(Bench, "scenes", noted)
+    bench, found = Bench(["cps"], (2,)), {}
+    for name in oracle.CLAIMS:
+        if name not in ("TRUTH", "MARGINAL"):
+            asked.clear()
+            oracle.CLAIMS.run(bench, [name])
+            if asked:
+                (found[name],) = asked["names"]
+    assert found == SCENES
+
+
+ON_MODEL = {  # statement: rows of one kernel with k = 2, in (shared anchors, independent)
+    "E1.same": (1, 1),
+    "E2.direction": (1, 0),
+    "E2.size": (1, 0),
+    "E2.independent": (0, 1),
+    "E6.parameters": (2, 2),
+    "E7.density": (1, 1),
+    "E7.attribution": (1, 1),
+    "E9.before": (1, 1),
+}
+
+
+def test_a_model_is_tested_by_every_claim_that_can_be():
+    """On its own fixture alone, in both rollout modes; its prompts and its float64 are used."""
+    model = Model("", ("two red circles",), torch.float64)
+    bench = Bench(["cps"], (2,), model=model)
+    names = [name for name in oracle.CLAIMS if oracle.CLAIMS[name].on_model]
+    rows = oracle.CLAIMS.run(bench, names)
+    found = {}
+    for row in rows:
+        assert row.fixture == "embedded" and row.kernel == "cps" and row.as_registered, row
+        both = found.setdefault(row.statement, [0, 0])
+        both[MODES.index(row.rollouts)] += 1
+    assert found == {name: list(counts) for name, counts in ON_MODEL.items()}
+    assert (
+        bench.dtype == torch.float64
+        and bench.scene("embedded", "cps", MODES[0]).rollout.x_t.shape[0] == 1
+    )
+
+
+def test_the_default_bench_is_the_whole_report():
+    """All kernels, k = 2, 3, 5, seed 0, float64 on the CPU."""
+    bench = Bench()
+    assert bench.kernels == ("flow_sde", "cps", "dance") and bench.factors == (2, 3, 5)
+    assert (bench.seed, bench.dtype, bench.device.type) == (0, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("name", ["E3", "E10", "MARGINAL", "TRUTH"])
+def test_statistical_rows_say_how_many_samples_they_are_of(name, rows):
+    """With fewer, the tolerances would be wider than the report says."""
+    sizes = {row.n for row in rows if row.claim == name and row.z is not None}
+    assert sizes == {{"TRUTH": 20_000, "MARGINAL": MARGINAL_SAMPLES}.get(name, 100_000)}
+
+
+MARGINAL_SAMPLES = 50_000
