@@ -25,6 +25,10 @@ CHANGED = bugs.Patch(
     "    # Score every observed x_s again",
     "    rollout.x_s.add_(1e-12 * len(factors))\n    # Score every observed x_s again",
 )
+CHANGED_MATCHED = CHANGED._replace(
+    name="changes its rollout when matched",
+    new=CHANGED.new.replace("len(factors)", "(form == 'matched')"),
+)
 UNREPEATED = bugs.Patch(
     "draws noise of its own",
     "sampler",
@@ -40,11 +44,12 @@ HOOKED = bugs.Patch(
     "    if J.requires_grad:\n        J.register_hook(lambda g: 1.01 * g)\n"
     "    return PolicyLoss(kl * KL - J, terms, KL.item(), old)",
 )
-PATCHES = {bug.name: bug for bug in (*bugs.BUGS, CHANGED, UNREPEATED, HOOKED)}
+PATCHES = {bug.name: bug for bug in (*bugs.BUGS, CHANGED, CHANGED_MATCHED, UNREPEATED, HOOKED)}
 
 # For each statement a bug that it must report, under flow_sde.
 SEEN_BY = {
     "E1.same": "changes its rollout",
+    "E1.same matched": "changes its rollout when matched",
     "E1.same again": "draws noise of its own",
     "E2.direction": "coarse old",
     "E2.size": "coarse old",
