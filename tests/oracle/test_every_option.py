@@ -174,6 +174,15 @@ def test_a_checkpoint_is_tested_as_asked(main):
     assert used.model.prompts == tuple(options.fields.PROMPTS)
 
 
+def test_a_device_reaches_the_bench():
+    """And what is made on it; the tests' own machine may have no other."""
+    o = options.parse(["--kernels", "cps"], oracle.CLAIMS, "")
+    o.device = "meta"
+    used = options.bench_of(o)
+    assert used.device.type == "meta" and used.normal(2, of="x").device.type == "meta"
+    assert next(used.fixture("network").field.parameters()).device.type == "meta"
+
+
 def test_a_pipeline_is_tested_at_its_size(main, monkeypatch, tmp_path):
     """A folder or a hub id is one; 512 x 512 where no size is asked."""
     (tmp_path / "pipe").mkdir()

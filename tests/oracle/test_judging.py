@@ -397,6 +397,89 @@ def test_stubs_are_rejected(stub, why):
     assert why in str(rejected.value)
 
 
+def three_values(x, velocity, t, s, k, kernel, eta):
+    return (*transition(x, velocity, t, s, k, kernel, eta), x.sum() * 1.5)
+
+
+def turned_round(mean, x_s, std):
+    return pg.Transition(mean, std).log_prob(x_s)
+
+
+@pytest.mark.parametrize(
+    ("stub", "why"),
+    [(three_values, "it returns 3 values; must be 2"), (turned_round, "those of no level")],
+)
+def test_answers_that_say_too_much_are_rejected(stub, why):
+    """A value too many, and parameters in another order: what is meant cannot be known."""
+    with pytest.raises(judging.Rejected, match=why):
+        judging.judge(stub, seed=11)
+
+
+def test_every_bug_with_these_numbers_is_named(monkeypatch):
+    """Two entries of one patch are both named, in the order of the table."""
+    bug = BUGS["no half"]
+    monkeypatch.setattr(
+        judging.bugs, "BUGS", (bug, bug._replace(name="again"), BUGS["std for variance"])
+    )
+    found = judging.judge(log_prob_of(bugs.patched(bug)), seed=5)
+    assert found.bugs == ("no half", "again")
+    assert str(found).count("these are the numbers of a known bug") == 2
+
+
+# ---- Numbers that agree --------------------------------------------------------------------------
+
+
+def test_agreement_is_of_every_entry_and_ends_at_its_tolerance():
+    """|theirs - ours| <= tolerance (max |ours| + |ours|), above or below, in each of them."""
+    ours = torch.tensor([4.0, -1.0, 0.0], dtype=torch.float64)
+    for entry, room in ((0, 8.0), (1, 5.0), (2, 4.0)):
+        for sign in (1, -1):
+            for share, agrees in ((0.999, True), (1.001, False)):
+                theirs = ours.clone()
+                theirs[entry] += sign * share * room * 1e-3
+                assert judging.close(theirs, ours, 1e-3) == agrees, (entry, sign, share)
+    assert judging.TOLERANCES == {"float64": 1e-9, "float32": 1e-5}
+    other = ours * (1 + 1e-7)
+    assert judging.agreement([ours, ours], [ours, ours]) == "float64"
+    assert judging.agreement([ours, ours], [ours, other]) == "float32"
+    assert judging.agreement([ours, ours], [ours, 1.1 * ours]) == ""
+
+
+def asked(seed):
+    """The first states that a function is asked about."""
+    kept = []
+
+    def noting(x_s, mean, std):
+        kept.append(x_s.clone())
+        return pg.Transition(mean, std).log_prob(x_s)
+
+    judging.judge(noting, seed)
+    return kept[0]
+
+
+def test_what_is_asked_is_of_the_seed():
+    """The same seed asks the same; others do not."""
+    assert torch.equal(asked(1), asked(1)) and not torch.equal(asked(1), asked(2))
+
+
+def test_a_seed_is_fresh_and_said(tmp_path, monkeypatch, capsys):
+    """Without --seed it comes from the system, so that nothing can be learnt by heart."""
+    (tmp_path / "theirs_again.py").write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    seeds = []
+    monkeypatch.setattr(judging.os, "urandom", lambda n: bytes([1, 2, 3, 4][:n]))
+    monkeypatch.setattr(judging, "judge", lambda function, seed: seeds.append(seed) or GOOD)
+    assert judging.main("theirs_again:good", None) == 0 == judging.main("theirs_again:good", 8)
+    assert seeds == [0x01020304, 8]
+    said = capsys.readouterr().out.splitlines()
+    named = [line for line in said if line.startswith("theirs_again:good")]
+    assert [line.split(" (seed ")[1] for line in named] == [f"{0x01020304})", "8)"]
+
+
+GOOD = judging.Judgement(judging.LogProbQuestion, True, {}, "", ())
+
+
 # ---- From the command line -----------------------------------------------------------------------
 
 THEIRS = """

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +149,73 @@ def test_the_page_of_verdicts_concludes_what_is_registered(rows):
     """Its conclusion is that of the registered verdicts."""
     said = report.conclusion([replace(row, verdict=row.registered) for row in rows], CLAIMS)
     assert said in PAGE.read_text()
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def with_z(row, z, **more):
+    return replace(row, verdict=HOLDS, registered=HOLDS, low=None, high=None, z=z, **more)
+
+
+def test_a_cell_says_the_worst_of_its_rows(rows):
+    """The largest z, of either sign; the largest error; the slope furthest off."""
+    row = rows[0]
+    assert report.cell([with_z(row, 1.0), with_z(row, -3.2), with_z(row, 2.0)]) == "holds (z 3.2)"
+    errors = [replace(row, z=None, verdict=HOLDS, difference=d) for d in (1e-15, 3e-13, 0.0)]
+    assert report.cell(errors) == "holds to 3e-13" and report.cell(errors[2:]) == "holds exactly"
+    slopes = [
+        replace(row, verdict="CONVERGES", measured=1 + off, difference=abs(off))
+        for off in (0.01, -0.06, 0.02)
+    ]
+    assert report.cell(slopes) == "converges D^0.94"
+    sizes = [replace(row, verdict=REFUTED, difference=d) for d in (0.25, 0.5)]
+    assert report.cell(sizes) == "refuted 0.25-0.5"
+    assert report.cell([errors[0], sizes[0]]) == "refuted 1 of 2" and report.cell([]) == ""
+    assert report.cell([errors[0], replace(row, verdict=INCONCLUSIVE)]) == "inconclusive"
+
+
+def test_the_failure_rate_counts_what_failed(rows):
+    """Wrong and inconclusive apart, of all, over so many seeds."""
+    good, wrong = with_z(rows[0], 0.0), replace(with_z(rows[0], 9.0), verdict=REFUTED)
+    unclear = replace(with_z(rows[0], 0.0), verdict=INCONCLUSIVE)
+    said = report.failure_rate([good, wrong, wrong, unclear, good], 2)
+    assert said.startswith(
+        "2 of 5 statistical verdicts were wrong and 1 inconclusive, over 2 seeds"
+    )
+    assert said.endswith("the registered rate is 2e-09 a verdict")
+    assert "0 of 1 statistical" in report.failure_rate([good], 1)
+
+
+def test_estimates_are_set_beside_the_truth(rows):
+    """Cosine, and the size of the estimate over the truth's."""
+    row = replace(rows[0], estimate=[2.0, 0.0, 2.0, 0.0], truth=[1.0, 0.0, 0.0, 0.0])
+    ((*_, cosine, size),) = report.estimates([row, replace(row, estimate=None)])
+    assert cosine == pytest.approx(0.5**0.5) and size == pytest.approx(8**0.5)
+
+
+def test_the_json_of_a_failing_report_says_so(rows, small):
+    """Status, the row that is off, NaN as null, and whether the tree was changed."""
+    wrong = replace(rows[0], verdict=REFUTED, measured=float("nan"))
+    told = json.loads(report.to_json([wrong, rows[1]], CLAIMS, small(), [{"a": 1}]))
+    assert told["status"] == 1 and told["comparison"] == [{"a": 1}]
+    assert [row["as_registered"] for row in told["rows"]] == [False, True]
+    assert told["rows"][0]["measured"] is None and told["rows"][0]["verdict"] == REFUTED
+    size = next(row for row in rows if row.statement == "E2.independent")
+    off = replace(size, difference=2 * size.high)  # the verdict alone would be right
+    assert (
+        json.loads(report.to_json([off], CLAIMS, small(), []))["rows"][0]["as_registered"] is False
+    )
+
+
+@pytest.mark.parametrize(("changes", "dirty"), [("", False), (" M file", True), (None, None)])
+def test_a_report_says_whether_the_tree_was_changed(changes, dirty, small, monkeypatch):
+    """By git's word; outside a repository nothing is known."""
+
+    def git(command, **how):
+        said = changes if command[1] == "status" else "abc123"
+        return SimpleNamespace(stdout=said or "", returncode=1 if changes is None else 0)
+
+    monkeypatch.setattr(report.subprocess, "run", git)
+    found = report.environment(small())
+    assert found["dirty"] is dirty and found["commit"] == (None if dirty is None else "abc123")

@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+import slow
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributions import Normal
 
+import pave_grpo as pave
 import verify_equivalence as oracle
 from zoo.oracle import fields, vectors
 
@@ -92,10 +95,22 @@ def not_a_number(tensors):
     tensors["k = 5/x_0"] *= math.nan
 
 
+def barely_changed(tensors):
+    """A number is off by more than rounding, and less than anyone would print."""
+    tensors["k = 5/mean_5"][0, 0, 0, 0] += 3e-11
+
+
+def halved(tensors):
+    """A tensor is stored in float32."""
+    tensors["k = 5/x_0"] = tensors["k = 5/x_0"].float()
+
+
 @pytest.mark.parametrize(
     ("spoil", "lines"),
     [
         (changed, ["k = 5/mean_5: off by 1e-06"]),
+        (barely_changed, ["k = 5/mean_5: off by 3e-11"]),
+        (halved, ["k = 5/x_0: [2, 2, 4, 3] torch.float32, not [2, 2, 4, 3]"]),
         (removed, ["k = 5/mean_5: missing", "KL: inputs missing: rewards"]),
         (not_a_number, ["k = 5/x_0: off by nan"]),
     ],
@@ -109,6 +124,96 @@ def test_what_is_wrong_is_found(spoil, lines, folder, tensors, capsys):
         "vectors.safetensors: SHA-256 differs",
         *lines,
     ]
+
+
+def described_as(folder, change):
+    """The folder with a change of what vectors.json says."""
+    described = json.loads((folder / "vectors.json").read_text())
+    change(described)
+    (folder / "vectors.json").write_text(json.dumps(described))
+    return oracle.main(["--check-vectors", str(folder)])
+
+
+def test_what_is_described_is_checked_too(folder, tensors, capsys):
+    """A tensor that is no quantity, a setting that must be refused and is not, a version."""
+
+    def with_another(described):
+        described["cases"]["k = 5"]["tensors"]["mean_6"] = [2, 2, 1, 3]
+        described["refused"].append(vectors.REFUSED[1] | {"eta": 0.5})
+
+    tensors["k = 5/mean_6"] = tensors["k = 5/mean_5"].clone()
+    save_file(tensors, folder / "vectors.safetensors")
+    assert described_as(folder, with_another) == 1
+    said = capsys.readouterr().out
+    assert "k = 5/mean_6: unknown" in said and said.count("accepted what must be refused") == 1
+    for case in vectors.REFUSED:
+        assert not vectors.is_accepted(case)
+
+    def of_another_version(described):
+        described["version"] = 2
+
+    assert described_as(folder, of_another_version) == 2
+    assert "version 2; must be 1" in capsys.readouterr().err
+
+
+def test_inputs_of_every_case_are_its_own(tensors):
+    """Drawn by the case's name: none repeats another's, and theta is not theta_old."""
+    starts = {tuple(tensors[f"{name}/m"].flatten().tolist()) for name in vectors.CASES}
+    assert len(starts) == len(vectors.CASES) == 17
+    for name in vectors.CASES:
+        moved = (tensors[f"{name}/m_new"] - tensors[f"{name}/m"]).abs().max()
+        assert (moved > 0) == (name != "at theta_old")
+
+
+def field_of(case, which):
+    """The typed velocity of theta_old or theta: data N(m, diag q), each prompt its own."""
+    m, q = case[f"m{which}"], case[f"log_q{which}"].exp()
+
+    def velocity(x, t, prompt):
+        w = t[:, None]
+        slope = (w - (1 - w) * q[prompt]) / ((1 - w) ** 2 * q[prompt] + w**2)
+        return slope * (x - (1 - w) * m[prompt]) - m[prompt]
+
+    return velocity
+
+
+@pytest.mark.parametrize("name", vectors.CASES)
+def test_vectors_are_those_of_slow_loops(name, tensors):
+    """Advantages, means, log-probabilities, ratios and the loss of every case, one by one."""
+    setting = vectors.USUAL | vectors.CASES[name]
+    case = {key.removeprefix(f"{name}/"): z for key, z in tensors.items()}
+    old, new = field_of(case, ""), field_of(case, "_new")
+    rewards = case["rewards"]
+    spread = rewards.std(-1, correction=setting["ddof"], keepdim=True) + setting["eps"]
+    A = (rewards - rewards.mean(-1, keepdim=True)) / spread
+    A = A.clamp(-setting["clamp"], setting["clamp"])
+    torch.testing.assert_close(case["advantages"], A, rtol=0, atol=1e-12)
+
+    process = vectors.process_of(setting)
+    kept = [case[key] for key in ("x_t", "x_s", "log_prob_sampled", "x_0")]
+    rollout = pave.Rollout(process, tuple(setting["sde_steps"]), *kept)
+    how = [setting[key] for key in ("form", "clip", "reduction")]
+    wanted = slow.slow_loss(new, old, rollout, A, setting["factors"], *how).item()
+    if setting["kl"]:
+        apart = (case["mean_1"] - case["mean_old_1"]).square().mean(-1)
+        std = case["std_1"].view(1, -1, 1)
+        wanted += setting["kl"] * (apart / (2 * std**2)).mean().item()
+    assert case["loss"].item() == pytest.approx(wanted, abs=1e-12)
+
+    for step in slow.observations(rollout):
+        p, j, g = step.index
+        for k in (1, *setting["factors"]):
+            for which, field in (("", new), ("_old", old)):
+                mean, _ = slow.slow_transition(field, process, k, step)
+                found = case[f"mean{which}_{k}"][p, j, g % rollout.x_t.shape[2]]
+                torch.testing.assert_close(found, mean[0], rtol=0, atol=1e-12)
+            scored = slow.slow_scored(new, old, process, k, setting["form"], step)
+            log_p = [Normal(mu, scored.std).log_prob(step.x_s) for mu in scored[:2]]
+            reduced = [z.sum() if setting["reduction"] == "sum" else z.mean() for z in log_p]
+            for key, value in zip(("log_prob", "log_prob_old"), reduced):
+                assert abs(case[f"{key}_{k}"][step.index] - value) <= 1e-11
+            ratio = (reduced[0] - reduced[1]).exp()
+            assert abs(case[f"ratio_{k}"][step.index] - ratio) <= 1e-11
 
 
 def test_folders_that_do_not_serve_are_status_2(folder, capsys):
