@@ -179,6 +179,13 @@ def test_a_colour_ends_where_it_says(off, clean):
     assert bool(judge(dark, SINGLES[0]).clean == 1) == clean
 
 
+@pytest.mark.parametrize(("share", "found"), [(0.45, False), (0.55, True)])
+def test_an_object_is_at_least_half_of_its_colour(share, found):
+    """Paler than half way from the ground it is none, whatever its outline."""
+    pale = tuple(g + share * (c - g) for g, c in zip(GROUND, RED))
+    assert judge(paint((pale, *CLEAN[1:])), SINGLES[0]).colours == found
+
+
 def dirty(pixels):
     """The clean picture with so many single grey pixels, away from its circle and each other."""
     picture, left = paint(("red", "circle", 26, 26, 4)), pixels
@@ -279,6 +286,26 @@ def test_drawn_pictures_show_what_is_asked():
             along, across = (dx, dy) if words[3] in ("left", "right") else (dy, dx)
             along = along if words[3] in ("left", "above") else -along
             assert along > 6 and along > 1.2 * abs(across), prompt
+
+
+def test_drawn_objects_stand_apart_and_anywhere():
+    """Two full pixels of ground between them, sideways or up and down; each above the other."""
+    above = set()
+    prompts = ["a red circle and a blue square"] * 60 + ["three green triangles"] * 60
+    for picture in world.draw(prompts, torch.Generator().manual_seed(5)):
+        found = components(picture)
+        boxes = []
+        for colour, body in found:
+            rows, columns = zip(*body)
+            boxes.append((colour, min(rows), max(rows), min(columns), max(columns)))
+        for i, one in enumerate(boxes):
+            for other in boxes[:i]:
+                upright = max(one[1] - other[2], other[1] - one[2])
+                sideways = max(one[3] - other[4], other[3] - one[4])
+                assert max(upright, sideways) >= 3
+                if sideways < 0 and one[0] != other[0]:
+                    above.add(min(one, other, key=lambda box: box[1])[0])
+    assert above == {"red", "blue"}
 
 
 def test_drawn_shapes_are_the_typed_ones():

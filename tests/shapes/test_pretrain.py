@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import pave_grpo as pave
 from zoo.shapes import gradient_signal, model, pretrain, rule, world
 
 
@@ -138,6 +139,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(pretrain, "ShapesFlow", lambda: model.ShapesFlow(small))
 
     def judged(mean, prompts, steps, generator):
+        assert not any(p.requires_grad for p in mean.parameters()), "it is the mean that is judged"
         saved.append(("judged", len(prompts), steps, generator.initial_seed()))
         return torch.tensor([scores.pop(0)])
 
@@ -167,6 +169,19 @@ def test_the_best_validation_is_kept(watched, capsys):
     assert second["validation"].startswith("0.5000 of 4 held-out prompts")
     kept = run.model.state_dict()
     assert all(torch.equal(w, kept[name]) for name, w in weights.items())
+
+
+def test_every_step_begins_without_gradients(watched, monkeypatch):
+    """After it they are gone; the mean forgets the start first, then follows at --ema."""
+    decays = []
+
+    def noted(mean, network, decay):
+        assert all(p.grad is None for p in network.parameters())
+        decays.append(decay)
+
+    monkeypatch.setattr(pretrain, "follow", noted)
+    pretrain.pretrain(argparse.Namespace(**(OPTIONS | {"ema": 0.2})))
+    assert decays == pytest.approx([1 / 11, 2 / 12, 0.2])
 
 
 def test_a_dry_run_is_one_step_and_writes_nothing(watched):
@@ -214,3 +229,17 @@ def test_the_signals_program_does_as_it_is_told(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()[1:]
     assert printed[0] == "step 1, t = 0.875 -> 0.75:  stem* 1.000 (1.4e+00)  blocks 1.000 (1.4e+00)"
     assert printed[1].startswith("step 3, t = 0.625 -> 0.5")
+
+
+def test_a_batchs_gradient_is_of_its_step_alone(monkeypatch):
+    """Asked twice it is the same: none is left from before; other parts of time, another one."""
+    monkeypatch.setattr(gradient_signal, "PROMPTS", 1)
+    monkeypatch.setattr(gradient_signal, "MEMBERS", 3)
+    process, network = pave.Process(pave.schedule(8), "flow_sde", 0.7), model.load()
+    found = [
+        gradient_signal.batch_gradient(network, process, step, seeded(2)) for step in (1, 1, 5)
+    ]
+    assert found[0].keys() == {"order", *(name for name, _ in network.named_children())}
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]) and gradient.norm() > 0
+        assert not torch.equal(gradient, found[2][name])
