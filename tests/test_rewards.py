@@ -445,16 +445,23 @@ class HPSv3RewardInferencer:
         return scores
 
 
-def test_hpsv3_goes_through_its_package(monkeypatch):
-    """Pictures reach the package as PNG of 8 bits, prompts beside them; mu comes back."""
+@pytest.fixture
+def hpsv3(monkeypatch):
+    """The package, stood in for; the module that imports it is loaded anew, and forgotten after."""
     package = types.SimpleNamespace(HPSv3RewardInferencer=HPSv3RewardInferencer)
     monkeypatch.setitem(sys.modules, "hpsv3", package)
-    monkeypatch.delitem(sys.modules, "zoo.rewards.hpsv3", raising=False)
+    sys.modules.pop("zoo.rewards.hpsv3", None)
+    yield
+    del sys.modules["zoo.rewards.hpsv3"]
+
+
+@pytest.mark.usefixtures("hpsv3")
+def test_hpsv3_goes_through_its_package():
+    """Pictures reach the package as PNG of 8 bits, prompts beside them; mu comes back."""
     x = pictures(11, 20, 28)
     (reward,) = rewards.load_all([["zoo.rewards.hpsv3:reward"]])
     wanted = x[:, 0].mean((1, 2)) + torch.tensor([len(prompt) for prompt in PROMPTS])
     torch.testing.assert_close(reward(x, PROMPTS)["zoo.rewards.hpsv3:reward"], wanted)
-    monkeypatch.delitem(sys.modules, "zoo.rewards.hpsv3")
 
 
 # ---- Rewards by name -----------------------------------------------------------------------------
