@@ -1,5 +1,6 @@
 """Rewards: preprocessing against PIL's, models against the released arithmetic, the contract."""
 
+import importlib
 import sys
 import types
 from itertools import pairwise
@@ -406,6 +407,9 @@ def test_imagereward_from_its_released_state_dict(encoder, tmp_path, monkeypatch
         w, standardised(square), given["input_ids"], given["attention_mask"]
     )
     got = reward(x, PROMPTS)["imagereward"]
+    model = reward.rewards["imagereward"]
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model(x[:2], ["a", "two dogs " * 40]).isfinite().all()  # read to its 35th token
     assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max() and wanted.std() > 1e-2
     with pytest.raises(ValueError, match=r"'blip\.visual_encoder\.x': is none of ImageReward's"):
         imagereward.from_released({"blip.visual_encoder.x": torch.zeros(1)})
@@ -426,6 +430,36 @@ def test_released_configurations():
     assert imagereward.VISION["layer_norm_eps"] == 1e-6
     assert imagereward.VISION["num_attention_heads"] == 16
     assert imagereward.TEXT["num_attention_heads"] == 12 and imagereward.LONGEST == 35
+    assert imagereward.TEXT["vocab_size"] == 30524
+
+
+def test_released_places():
+    """Where the usual weights and tokenizers are, by the authors' pages."""
+    usual = (dual_encoders.CLIP, dual_encoders.PICKSCORE, dual_encoders.HPSV2, imagereward.HUB)
+    assert usual == (
+        "openai/clip-vit-large-patch14",
+        "yuvalkirstain/PickScore_v1",
+        "xswu/HPSv2",
+        "THUDM/ImageReward",
+    )
+    assert dual_encoders.HPS_FILE == "HPS_v2.1_compressed.pt"
+    assert imagereward.FILE == "ImageReward.pt"
+    assert dual_encoders.WORDS == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert imagereward.WORDS == "google-bert/bert-base-uncased"
+
+
+def test_a_revision_is_of_the_tokenizer_too(encoder, monkeypatch):
+    """CLIP's words are those of the weights' revision."""
+    asked = []
+
+    def words(place, revision=None):
+        asked.append((place, revision))
+        return encoder[2]
+
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *_, **__: encoder[1])
+    monkeypatch.setattr(dual_encoders.AutoTokenizer, "from_pretrained", words)
+    dual_encoders.clip("some/where", "r2")
+    assert asked == [("some/where", "r2")]
 
 
 # ---- HPSv3 ---------------------------------------------------------------------------------------
@@ -434,14 +468,18 @@ def test_released_configurations():
 class HPSv3RewardInferencer:
     """A stand-in of the package's: mean red of the file, and the length of the prompt."""
 
+    made = 0
+
     def __init__(self, device):
         assert device == "cpu"
+        HPSv3RewardInferencer.made += 1
 
     def reward(self, prompts, image_paths):
         scores = []
         for path, prompt in zip(image_paths, prompts, strict=True):
-            red = np.asarray(Image.open(path))[:, :, 0].mean() / 255
-            scores.append(torch.tensor([red + len(prompt), 0.1]))
+            red, green, blue = np.asarray(Image.open(path))[3, 17].tolist()  # row, column
+            mu = float(red + 256 * green + 256**2 * blue + 256**3 * len(prompt))
+            scores.append(torch.tensor([mu, 0.1], dtype=torch.float64))
         return scores
 
 
@@ -458,10 +496,18 @@ def hpsv3(monkeypatch):
 @pytest.mark.usefixtures("hpsv3")
 def test_hpsv3_goes_through_its_package():
     """Pictures reach the package as PNG of 8 bits, prompts beside them; mu comes back."""
-    x = pictures(11, 20, 28)
-    (reward,) = rewards.load_all([["zoo.rewards.hpsv3:reward"]])
-    wanted = x[:, 0].mean((1, 2)) + torch.tensor([len(prompt) for prompt in PROMPTS])
-    torch.testing.assert_close(reward(x, PROMPTS)["zoo.rewards.hpsv3:reward"], wanted)
+    HPSv3RewardInferencer.made = 0
+    module = importlib.import_module("zoo.rewards.hpsv3")
+    x = (torch.arange(3 * 3 * 20 * 28).view(3, 3, 20, 28) % 251 + 0.4) / 255  # rounded, not cut
+    x[0, 0, 3, 17] = 9.7 / 255
+    bytes_ = (255 * x[:, :, 3, 17]).round().long()
+    lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
+    wanted = bytes_ @ torch.tensor([1, 256, 256**2]) + 256**3 * lengths
+    got = module.reward(x, PROMPTS)
+    assert got.dtype == torch.float32 and bytes_[0, 0] == 10
+    torch.testing.assert_close(got, wanted.float(), rtol=1e-7, atol=0)
+    module.reward(x[:1], PROMPTS[:1])
+    assert HPSv3RewardInferencer.made == 1  # its model is loaded once
 
 
 # ---- Rewards by name -----------------------------------------------------------------------------
@@ -586,3 +632,57 @@ def test_a_reward_may_return_numbers_and_spoil_its_pictures():
     both = rewards.Rewards({"first": spoil, "second": example.contrast}, {})(x, PROMPTS)
     assert both["first"].tolist() == [1, 2, 3]
     assert torch.equal(both["second"], example.contrast(pictures(8, 28, 28), PROMPTS))
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+def test_no_infinity_is_a_reward(value):
+    """Of either sign; the prompt of the picture that has it is named, and no other."""
+
+    def reward(images, prompts):
+        return torch.tensor([0.0, value, 0.0])
+
+    with pytest.raises(ValueError, match=f"'mine' of prompt {PROMPTS[1]!r} is"):
+        asked(reward)
+
+
+def test_a_reward_is_asked_without_gradients():
+    """Of pictures that it may change, on their device; its numbers come back as float32."""
+
+    def reward(images, prompts):
+        assert not torch.is_grad_enabled() and not images.requires_grad
+        return images.double().mean((1, 2, 3))
+
+    x = pictures(8, 28, 28).requires_grad_()
+    scores = rewards.Rewards({"mine": reward}, {"mine": 1.0})(x, PROMPTS)["mine"]
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
+def test_the_rewards_of_the_example_by_hand():
+    """Warmth: mean red less mean blue. Contrast: the standard deviation of all values."""
+    x = torch.zeros(2, 3, 2, 2)
+    x[0, 0], x[0, 2, 0] = 0.75, 0.5
+    x[1, :, :, 0] = 1.0
+    assert example.warmth(x, ["a", "b"]).tolist() == pytest.approx([0.5, 0.0])
+    # Of the second six values are 1 and six 0: variance 12/4/11 by n - 1.
+    assert example.contrast(x, ["a", "b"])[1].item() == pytest.approx((3 / 11) ** 0.5)
+
+
+class Placed:
+    """A model that remembers where it was put."""
+
+    def __init__(self, *source):
+        self.source = source
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
+def test_what_is_loaded_once_is_of_one_source_and_on_the_device(monkeypatch):
+    """Another place or another revision is another model."""
+    monkeypatch.setattr(dual_encoders, "clip", Placed)
+    lists = [["clip=a/b@r1:2"], ["clip=a/b@r1"], ["clip=a/b@r2"], ["clip=a/c"]]
+    found = [z.rewards["clip"] for z in rewards.load_all(lists, device="somewhere")]
+    assert found[0] is found[1] and len({id(model) for model in found}) == 3
+    assert [m.source for m in found[1:]] == [("a/b", "r1"), ("a/b", "r2"), ("a/c", None)]
+    assert {model.device for model in found} == {"somewhere"}

@@ -1,0 +1,142 @@
+"""Ranks: who does what, how all stop together, what is averaged; two of them are two threads."""
+
+from datetime import timedelta
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from thread_ranks import together
+
+from zoo.training import ranks as ranks_module
+from zoo.training.ranks import Ranks, Stopped, fail, place, stopping
+
+CPU = torch.device("cpu")
+
+
+def test_values_are_gathered_in_the_order_of_ranks(monkeypatch):
+    """Every rank has all of them; alone it has its own."""
+    found = together(monkeypatch, lambda ranks: ranks.gather(f"of {ranks.rank}"), world=3)
+    assert found == [["of 0", "of 1", "of 2"]] * 3
+    assert Ranks(0, 1, CPU).gather("mine") == ["mine"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_reward_that_fails_on_one_of_two_ranks_stops_both(failing, monkeypatch):
+    """With the message of the one that failed; its own error is the cause there, and only there."""
+
+    def reward(rank):
+        if rank == failing:
+            raise ValueError("no number")
+        return rank
+
+    found = together(monkeypatch, lambda ranks: ranks.together(reward, ranks.rank))
+    assert [str(error) for error in found] == ["ValueError: no number"] * 2
+    assert all(isinstance(error, Stopped) for error in found)
+    causes = [error.__cause__ for error in found]
+    assert isinstance(causes[failing], ValueError) and causes[1 - failing] is None
+    assert together(monkeypatch, lambda ranks: ranks.together(reward, ranks.rank + 5)) == [5, 6]
+
+
+def test_gradients_are_averaged_and_not_added(monkeypatch):
+    """The mean over ranks; a weight without a gradient is left out."""
+
+    def job(ranks):
+        with_one, without = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+        with_one.grad = torch.tensor([1.0, 2.0]) * (1 + 2 * ranks.rank)
+        ranks.average_gradients([without, with_one])
+        return without.grad, with_one.grad.tolist()
+
+    assert together(monkeypatch, job) == [(None, [2.0, 4.0])] * 2
+    alone = torch.nn.Parameter(torch.zeros(1))
+    alone.grad = torch.ones(1)
+    Ranks(0, 1, CPU).average_gradients([alone])
+    assert alone.grad.item() == 1
+
+
+def test_shares_are_parts_of_a_whole():
+    """One after another, as even as can be."""
+    for n, world in ((8, 2), (8, 4), (9, 3), (7, 2)):
+        shares = [list(Ranks(rank, world, CPU).share(n)) for rank in range(world)]
+        assert [i for share in shares for i in share] == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert Ranks(0, 2, CPU).leads and not Ranks(1, 2, CPU).leads
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with two GPUs, as far as a test can tell; what was set up on it."""
+    calls = Mock()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
+    monkeypatch.setattr(torch, "set_num_threads", calls.set_num_threads)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(ranks_module.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks_module.dist, "init_process_group", calls.init)
+    monkeypatch.setattr(ranks_module.dist, "destroy_process_group", calls.destroy)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return SimpleNamespace(calls=calls, env=monkeypatch.setenv)
+
+
+def test_a_process_alone_needs_no_group(machine):
+    """Rank 0 of 1 on the device that is asked for, with as many threads."""
+    assert place() == (0, 1, 0)
+    alone = Ranks.start("cpu", 3)
+    assert (alone.rank, alone.world, alone.device) == (0, 1, CPU)
+    machine.calls.set_num_threads.assert_called_once_with(3)
+    assert Ranks.start("auto", 0).device == torch.device("cuda:0")
+    machine.calls.set_num_threads.assert_called_once_with(3)  # 0 leaves torch its choice
+    alone.stop()
+    assert not machine.calls.init.called and not machine.calls.destroy.called
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_ranks_find_each_other(device, backend, machine):
+    """By torchrun's variables; GPUs by their number in the node; patience for large files."""
+    for name, value in (("RANK", 5), ("WORLD_SIZE", 8), ("LOCAL_RANK", 1)):
+        machine.env(name, str(value))
+    assert place() == (5, 8, 1)
+    ranks = Ranks.start(device, 0)
+    assert (ranks.rank, ranks.world) == (5, 8)
+    assert ranks.device == torch.device("cpu" if device == "cpu" else "cuda:1")
+    assert machine.calls.set_device.called == (device == "cuda")
+    assert torch.backends.cudnn.allow_tf32 == (device == "cpu")  # float32 means float32
+    machine.calls.init.assert_called_once_with(backend, timeout=timedelta(hours=2))
+    ranks.stop()
+    assert machine.calls.destroy.called
+
+
+def test_a_rank_without_a_gpu_says_so(machine, capsys):
+    """Whichever rank it is: status 2 and one line."""
+    for name, value in (("RANK", 2), ("WORLD_SIZE", 3), ("LOCAL_RANK", 2)):
+        machine.env(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        Ranks.start("cuda", 0)
+    assert stop.value.code == 2
+    assert "rank 2 of this node has no GPU: must be 2 ranks or fewer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "anywhere", "said"), [(0, 0, 1), (1, 0, 0), (1, 1, 1), (0, 1, 1)])
+def test_what_fails_is_said_once(rank, anywhere, said, monkeypatch, capsys):
+    """By the first rank, where all fail alike; by any, where one does. Status 2 on all."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("sys.argv", ["some/where/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        fail("it is wrong", anywhere=bool(anywhere))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: it is wrong\n" * said
+
+
+@pytest.mark.parametrize(
+    ("cause", "traced"), [(None, False), (ValueError("x"), False), (KeyError("theirs"), True)]
+)
+def test_a_stop_is_one_line_after_the_traceback_of_others(cause, traced, monkeypatch, capsys):
+    """A value that was refused needs no traceback; an error of a reward's own code does."""
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop, stopping():
+        raise Stopped("the reward failed") from cause
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.endswith("error: the reward failed\n")
+    assert ("KeyError: 'theirs'" in err) == traced and (traced or err.count("\n") == 1)
