@@ -1,6 +1,10 @@
-"""One thread; Hypothesis without deadlines, the same examples under CI; a process of its own."""
+"""One thread; Hypothesis without deadlines, the same examples under CI; a process of its own.
+
+python -m pytest --shuffle 1        files, and tests within each, in an order drawn from a seed
+"""
 
 import os
+import random
 import signal
 
 import pytest
@@ -15,6 +19,20 @@ settings.register_profile(
     "ci", deadline=None, max_examples=60, derandomize=True, report_multiple_bugs=False
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, help="run tests in an order drawn from this seed")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Whole files change places, so that what a file's tests share is made once."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        order = random.Random(seed)
+        order.shuffle(items)
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture

@@ -11,5 +11,6 @@
     vectors.py        golden vectors for other languages
 
 A new kernel is a function in pave_grpo.KERNELS and a class in theory.RECORDS. A new claim is a
-decorated function in verify_equivalence.py. A new known bug is an entry in bugs.txt.
+decorated function in verify_equivalence.py. A new known bug is an entry in bugs.txt, or in
+planted.txt if it is one of the oracle.
 """
