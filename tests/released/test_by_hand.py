@@ -230,6 +230,24 @@ def test_prompts_are_encoded_in_order_and_kept_on_the_cpu(flow):
     assert torch.equal(picked.pooled.float(), parts.pooled[[3, 0, 3]].bfloat16().float())
 
 
+def test_a_prompt_that_just_fits_is_not_cut(flow):
+    """Of 77 tokens none is lost, of the next prompt some are."""
+    loaded, prompt = flow("flux"), "a"
+    while len(loaded.pipe.tokenizer(prompt + " a").input_ids) <= 77:
+        prompt += " a"
+    assert len(loaded.pipe.tokenizer(prompt).input_ids) == 77
+    assert not [line for line in loaded.cut_off([prompt]) if line.endswith("reads 77")]
+    assert [line for line in loaded.cut_off([prompt + " a"]) if line.endswith("reads 77")]
+
+
+def test_guidance_of_one_is_none(flow):
+    """Above one SD3 takes two evaluations a row; FLUX never does."""
+    sd3, dev, schnell = flow("sd3"), flow("flux"), flow("schnell")
+    assert [sd3.splits(z) for z in (0.0, 1.0, 1.01, 4.5)] == [False, False, True, True]
+    assert not dev.splits(3.5) and not schnell.splits(0.0)
+    assert (sd3.single_guidance, dev.single_guidance, schnell.single_guidance) == (0.0, 3.5, 0.0)
+
+
 def test_encoders_are_moved_and_forgotten(flow):
     """All of them, to where prompts are encoded; none is left after."""
     loaded = flow("flux")
@@ -296,7 +314,9 @@ def test_a_pipelines_grid_is_shifted_by_its_tokens(name, config, mu, flow):
     loaded.pipe.scheduler = scheduler
     unit = 2 * 2 ** (len(loaded.pipe.vae.config.block_out_channels) - 1)
     height, width = 8 * unit, 16 * unit
+    own = scheduler.sigmas.clone()
     first, again = (loaded.sigmas(4, height, width) for _ in range(2))
+    assert torch.equal(scheduler.sigmas, own)  # the pipeline's scheduler is where it was
     assert torch.equal(first, again) and first[-1] == 0 and first.dtype == torch.float64
     if name == "flux":
         u = torch.linspace(1, 1 / 4, 4).double()
