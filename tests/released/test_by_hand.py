@@ -213,6 +213,26 @@ def test_a_policy_loads_what_its_options_say(monkeypatch, folders):
         assert (how["master"], how["autocast"], how["bars"]) == wanted
 
 
+def test_a_policy_encodes_forgets_moves_and_tunes_in_this_order(monkeypatch, folders):
+    """Encoders on the device while they are needed; adapters by rank, alpha and seed, after."""
+    made = Mock()
+    made.flow.cut_off.return_value = ["a line"]
+    monkeypatch.setattr(policies.families, "load", lambda *_, **__: made.flow)
+    monkeypatch.setattr(policies.tuning, "add_lora", made.add_lora)
+    how = {"size": (32, 32), "guidance": 4.5, "rank": 3, "alpha": 7.0, "seed": 9}
+    policy = policies.Released(str(folders["sd3"]), checkpointing=True, **how)
+    policy.load(["b", "a", "b"], "somewhere")
+    steps = [name.removeprefix("flow.") for name, _, _ in made.mock_calls]
+    wanted = ["cut_off", "move_encoders", "encode", "encode_empty", "drop_encoders", "pipe.vae.to"]
+    wanted += ["transformer.enable_gradient_checkpointing", "transformer.to", "add_lora"]
+    assert [step for step in steps if step in wanted] == wanted
+    assert made.flow.encode.call_args.args == (["b", "a"],)  # each once
+    for moved in (made.flow.move_encoders, made.flow.pipe.vae.to, made.flow.transformer.to):
+        moved.assert_called_once_with("somewhere")
+    made.add_lora.assert_called_once_with(made.flow, 3, 7.0, 9)
+    assert policy.cut_off == ["a line"] and policy.row == {"b": 0, "a": 1}
+
+
 # ---- Prompts and pictures ------------------------------------------------------------------------
 
 
