@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -462,18 +463,16 @@ def test_what_is_asked_is_of_the_seed():
     assert torch.equal(asked(1), asked(1)) and not torch.equal(asked(1), asked(2))
 
 
-def test_a_seed_is_fresh_and_said(tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("theirs")
+def test_a_seed_is_fresh_and_said(monkeypatch, capsys):
     """Without --seed it comes from the system, so that nothing can be learnt by heart."""
-    (tmp_path / "theirs_again.py").write_text(THEIRS)
-    monkeypatch.chdir(tmp_path)
-    importlib.invalidate_caches()
     seeds = []
     monkeypatch.setattr(judging.os, "urandom", lambda n: bytes([1, 2, 3, 4][:n]))
     monkeypatch.setattr(judging, "judge", lambda function, seed: seeds.append(seed) or GOOD)
-    assert judging.main("theirs_again:good", None) == 0 == judging.main("theirs_again:good", 8)
+    assert judging.main("theirs:good", None) == 0 == judging.main("theirs:good", 8)
     assert seeds == [0x01020304, 8]
     said = capsys.readouterr().out.splitlines()
-    named = [line for line in said if line.startswith("theirs_again:good")]
+    named = [line for line in said if line.startswith("theirs:good")]
     assert [line.split(" (seed ")[1] for line in named] == [f"{0x01020304})", "8)"]
 
 
@@ -494,11 +493,21 @@ def stub(x_s, mean, std):
 """
 
 
-def test_against_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """MODULE:FUNCTION is imported from the working directory; the status says what was found."""
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """A folder with theirs.py, to stand in; the module and the path to it are forgotten after."""
     (tmp_path / "theirs.py").write_text(THEIRS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("theirs", None)
     importlib.invalidate_caches()
+    yield
+    sys.modules.pop("theirs", None)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_against_from_the_command_line(capsys):
+    """MODULE:FUNCTION is imported from the working directory; the status says what was found."""
     found = [
         ("good", 0, "verdict: agrees"),
         ("bad", 1, "verdict: disagrees"),

@@ -147,9 +147,11 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders, flags):
     script = [str(ROOT / "tests" / "two_ranks.py"), "jobs.json"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for launch, out in (([], "one"), (torchrun, "two")):
-        command = [sys.executable, *launch, *script, out]
-        subprocess.run(command, check=True, timeout=120, env=environment)
+    running = [
+        subprocess.Popen([sys.executable, *launch, *script, out], env=environment)
+        for launch, out in (([], "one"), (torchrun, "two"))
+    ]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
 
     alone, *both = (torch.load(f"{rank}-swap.pt") for rank in ("one-0", "two-0", "two-1"))
     for sharded in both:  # before, averaged, after: no swap is missed
