@@ -191,6 +191,7 @@ def test_a_pipeline_is_tested_at_its_size(main, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.Bench, "_fixture", lambda self, name: asked.append(self.model))
     main("--model pipe --size 32 64 --prompt dog")
     main("--model owner/name")
+    assert len(asked) == 2
     first, second = asked
     assert (first.path, first.size, first.prompts) == ("pipe", (32, 64), ("dog",))
     assert (second.path, second.size) == ("owner/name", (512, 512))

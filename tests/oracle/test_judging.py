@@ -215,7 +215,7 @@ def g_and_a_bug(x, velocity, t, s, k, kernel, eta):
 def test_conventions_of_a_transition_are_told(function, convention, told):
     """A g under the name of std in one kernel, a kernel that is missing, float32."""
     found = judging.judge(function, seed=10)
-    assert found.agrees and found.conventions[convention] == told
+    assert found.agrees and found.conventions.get(convention) == told
 
 
 def test_a_bug_is_named_beside_a_convention():
@@ -390,12 +390,18 @@ STUBS = [
 ]
 
 
+def rejection(stub):
+    """Why a stub is rejected, in words; any other error is one that its author would see."""
+    with pytest.raises(Exception) as stopped:
+        judging.judge(stub, seed=11)
+    assert isinstance(stopped.value, judging.Rejected), repr(stopped.value)
+    return str(stopped.value)
+
+
 @pytest.mark.parametrize(("stub", "why"), STUBS)
 def test_stubs_are_rejected(stub, why):
     """Echoes, views, constants, changed inputs, wrong shapes, objects that equal everything."""
-    with pytest.raises(judging.Rejected) as rejected:
-        judging.judge(stub, seed=11)
-    assert why in str(rejected.value)
+    assert why in rejection(stub)
 
 
 def three_values(x, velocity, t, s, k, kernel, eta):
@@ -412,8 +418,7 @@ def turned_round(mean, x_s, std):
 )
 def test_answers_that_say_too_much_are_rejected(stub, why):
     """A value too many, and parameters in another order: what is meant cannot be known."""
-    with pytest.raises(judging.Rejected, match=why):
-        judging.judge(stub, seed=11)
+    assert why in rejection(stub)
 
 
 def test_every_bug_with_these_numbers_is_named(monkeypatch):
@@ -473,7 +478,7 @@ def test_a_seed_is_fresh_and_said(monkeypatch, capsys):
     assert seeds == [0x01020304, 8]
     said = capsys.readouterr().out.splitlines()
     named = [line for line in said if line.startswith("theirs:good")]
-    assert [line.split(" (seed ")[1] for line in named] == [f"{0x01020304})", "8)"]
+    assert [line.partition(" (seed ")[2] for line in named] == [f"{0x01020304})", "8)"]
 
 
 GOOD = judging.Judgement(judging.LogProbQuestion, True, {}, "", ())

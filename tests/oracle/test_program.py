@@ -87,10 +87,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("flags", "named"), BAD.items())
-def test_bad_usage_is_one_line_and_status_2(flags, named, capsys):
+def test_bad_usage_is_one_line_and_status_2(flags, named, capsys, monkeypatch):
     """Before any work."""
-    with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(type(oracle.CLAIMS), "run", lambda *given: pytest.fail("work began"))
+    with pytest.raises(BaseException) as stop:
         oracle.main(flags.split())
+    assert isinstance(stop.value, SystemExit), repr(stop.value)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and named in err, err
 
