@@ -206,9 +206,9 @@ class Replay:
 
 
 def asked_warmth(images, prompts):
-    """A reward that a picture cannot have without its own prompt: warmth, weighed by its words."""
-    words = torch.tensor([float(len(prompt.split())) for prompt in prompts])
-    return words / 4 * example.warmth(images, prompts)
+    """A reward that belongs to picture and prompt: warmth, weighed by the prompt's letters."""
+    letters = torch.tensor([float(sum(map(ord, prompt)) % 7) for prompt in prompts])
+    return (1 + letters) / 4 * example.warmth(images, prompts)
 
 
 def by_turns(images, prompts):

@@ -14,6 +14,7 @@ import train
 from zoo.training import command_line, draw, evaluate, options
 
 pytestmark = pytest.mark.usefixtures("one_process")
+WARMTH = "zoo.rewards.example:warmth"
 ROOT = Path(__file__).parents[2]
 
 BAD = {  # the command line, and what the one line must name
@@ -374,3 +375,29 @@ def test_a_device_is_one_that_this_machine_has(there, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     taken = [name for name in ("cpu", "auto", "cuda", "cuda:0", "mps") if options.is_device(name)]
     assert taken == ["cpu", "auto", *(["cuda"] if there else [])]
+
+
+@pytest.mark.parametrize("bad", ["train.txt", "heldout.txt"])
+@pytest.mark.parametrize(
+    ("prompt", "flags", "said"),
+    [
+        ("red circle", "", "not in the grammar"),  # known words
+        ("a purple cow", f"--reward {WARMTH} --eval-reward {WARMTH}", "up to 8 words from"),
+    ],
+)
+def test_prompts_the_world_does_not_know_are_refused(bad, prompt, flags, said, capsys):
+    """By the rule's grammar where it judges, by the model's words in any case; of either file."""
+    for name, good in (("train.txt", "a red circle"), ("heldout.txt", "a blue square")):
+        Path(name).write_text((prompt if name == bad else good) + "\n")
+    files = ["--prompts", "train.txt", "--eval-prompts", "heldout.txt"]
+    with pytest.raises(SystemExit):
+        train.parse([*files, *flags.split()])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and repr(prompt) in err and said in err
+
+
+def test_a_judge_is_checked_as_a_reward_is(capsys):
+    """Before any work, as the rewards are."""
+    with pytest.raises(SystemExit):
+        train.parse(["--eval-reward", "aesthetics"])
+    assert "'aesthetics'" in capsys.readouterr().err
