@@ -117,6 +117,14 @@ def test_the_square_begins_where_each_processor_says():
         assert torch.equal(even, x[..., begins[1] : begins[1] + 28])
 
 
+@pytest.mark.parametrize("prepare", [dual_encoders.shortest_side, dual_encoders.longest_side])
+def test_pictures_are_rounded_to_bytes_first(prepare):
+    """Values between bytes, with nothing to resize; half precision comes back as float32."""
+    x = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(prepare(x, 28), (255 * x).round() / 255)
+    assert prepare(x.half(), 28).dtype == torch.float32
+
+
 # ---- CLIP, PickScore -----------------------------------------------------------------------------
 
 
@@ -381,6 +389,7 @@ def random_imagereward(vocabulary, wide=32, seen=48):
         w.add_linear(f"mlp.layers.{i}", out, into)
     # Of pretraining, and a buffer of older files: neither is read.
     w.add_linear("blip.vision_proj", 8, seen)
+    w.add_linear("blip.text_proj", 8, wide)
     w[f"{at}.embeddings.position_ids"] = torch.arange(512)[None]
     return w
 
