@@ -268,6 +268,24 @@ def test_guidance_of_one_is_none(flow):
     assert (sd3.single_guidance, dev.single_guidance, schnell.single_guidance) == (0.0, 3.5, 0.0)
 
 
+def test_a_scheduler_with_sigmas_of_its_own_is_asked_for_steps(flow):
+    """Where its configuration says so; else the pipeline's even sigmas, 1 to 1/steps, are given."""
+    loaded = flow("flux")
+    even = loaded.timesteps(4, 32, 32)
+    assert even["sigmas"].tolist() == [1.0, 0.75, 0.5, 0.25] and "num_inference_steps" not in even
+    loaded.pipe.scheduler.register_to_config(use_flow_sigmas=True)
+    own = loaded.timesteps(4, 32, 32)
+    assert own["num_inference_steps"] == 4 and "sigmas" not in own
+
+
+def test_adapters_are_written_by_one_rank(folders, tmp_path):
+    """The others take part, and write nothing."""
+    policy = policies.Released(str(folders["sd3"]), size=(32, 32), guidance=0.0, rank=2)
+    policy.load(["a dog"], CPU)
+    assert policy.save(tmp_path, main=False) == "lora" and not any(tmp_path.iterdir())
+    assert policy.save(tmp_path, main=True) == "lora" and (tmp_path / "lora").is_dir()
+
+
 def test_encoders_are_moved_and_forgotten(flow):
     """All of them, to where prompts are encoded; none is left after."""
     loaded = flow("flux")
