@@ -85,6 +85,8 @@ def of_a_room(path: Path) -> list[Planted]:
     """The bugs of a planted.txt. ValueError for one that is malformed, or fits nowhere."""
     table, planted = path.relative_to(ROOT).as_posix(), []
     for head, old, new in bugs.entries(path.read_text()):
+        if head.count(" | ") != 3:
+            raise ValueError(f"{table}: {head!r}: must be name | file | tests | it ...")
         name, file, tests, _ = head.split(" | ")
         found = (ROOT / file).read_text().count(old)
         if found != 1:

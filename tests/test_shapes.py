@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import pave_grpo as pave
-from zoo.shapes import gradient_signal, model, pretrain, rule, world
+from zoo.shapes import model, pretrain, rule, world
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -184,7 +184,7 @@ def test_a_saved_model_is_the_model(tmp_path):
         assert "\n" not in str(error.value)
 
 
-# ---- Pretraining, and the gradient's signal ------------------------------------------------------
+# ---- Pretraining ---------------------------------------------------------------------------------
 
 
 def test_pretraining_learns_in_a_few_steps():
@@ -220,11 +220,3 @@ def test_orthogonal_levels_singular_values():
         level = middle.diagonal(dim1=-2, dim2=-1)
         assert ((level > 0.6) & (level < 1.35)).all()
         torch.testing.assert_close(middle, torch.diag_embed(level), rtol=0, atol=1e-10)
-
-
-def test_the_share_of_signal():
-    """1 for equal gradients, 0 for orthogonal ones, -1 for opposite ones; the norm beside it."""
-    g = torch.tensor([3.0, 4.0])
-    assert gradient_signal.signal(torch.stack([g, g])) == (1, 5)
-    assert gradient_signal.signal(torch.diag(g))[0] == 0
-    assert gradient_signal.signal(torch.stack([g, -g])) == (-1, 5)

@@ -89,6 +89,13 @@ def test_a_joint_statistic_must_have_seen_its_effect():
     assert findings.joint(wide, wanted, 3 * seen * (1 + 1e-6)).verdict == HOLDS
 
 
+def test_what_is_no_number_decides_nothing():
+    """NaN neither confirms nor refutes, least of all what is registered as refuted."""
+    assert findings.statistic(math.nan, 1.0, 0.01, 0.5, 100).verdict == INCONCLUSIVE
+    wanted = torch.ones(4).double()
+    assert findings.joint(pattern(math.nan, 0.01), wanted, 1.0).verdict == INCONCLUSIVE
+
+
 SIZES = (1e-2, 1e-3, 1e-4, 1e-5)
 
 

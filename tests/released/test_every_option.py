@@ -1,7 +1,8 @@
 """Every option of train.py reaches what it names.
 
-Two runs, of the embedded model and of adapters on SD3, with no option at its default, are watched:
-what they call, what they write. A new option without an entry fails the first test.
+Two runs are watched, of the embedded model and of adapters on SD3: what they call, what they write.
+Options are at other values than their defaults there, so that one that is dropped is seen. A new
+option without an entry fails the first test.
 """
 
 import inspect

@@ -205,7 +205,10 @@ def test_the_weights_are_of_the_seed(watched, monkeypatch):
 
 
 def test_the_share_of_signal_by_hand():
-    """Three gradients: products off the diagonal over squares on it."""
+    """Products off the diagonal over squares on it: 1 for equal gradients, -1 for opposite ones."""
+    g = torch.tensor([3.0, 4.0])
+    assert gradient_signal.signal(torch.stack([g, g])) == (1, 5)
+    assert gradient_signal.signal(torch.stack([g, -g])) == (-1, 5)
     gradients = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
     # |g|^2 = 1, 5, 9; products 2, 0, 3.
     share, norm = gradient_signal.signal(gradients)
