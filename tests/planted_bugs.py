@@ -1,6 +1,6 @@
 """Plants known bugs, one at a time, and asks whether the test suite notices.
 
-    python tests/planted_bugs.py                    every fourth of each table
+    python tests/planted_bugs.py                    every fourth of all tables
     python tests/planted_bugs.py --all              every one, and the correct variants
     python tests/planted_bugs.py "coarse std"       those named
     python tests/planted_bugs.py zoo/training       the table of a room

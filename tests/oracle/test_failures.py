@@ -166,19 +166,23 @@ def ended(tmp_path_factory):
         (folder / "pave_grpo.py").write_text(core.replace(old, new) if old else core)
         shutil.copy(ROOT / "verify_equivalence.py", folder)
         shutil.copytree(ROOT / "zoo", folder / "zoo", ignore=shutil.ignore_patterns("__pycache__"))
-        command = [sys.executable, str(folder / "verify_equivalence.py"), *flags.split()]
+        script = str(folder / "verify_equivalence.py")
+        command = [sys.executable, script, *flags.split(), "--factors", "2"]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        more = ["--factors", "2"]
-        running[case] = subprocess.Popen([*command, *more], cwd=folder, env=environment, **how)
-    return {case: (*process.communicate(timeout=120), process) for case, process in running.items()}
+        running[case] = subprocess.Popen(command, cwd=folder, env=environment, **how)
+    found = {}
+    for case, process in running.items():
+        said, _ = process.communicate(timeout=120)
+        found[case] = process.returncode, said
+    return found
 
 
 @pytest.mark.parametrize("case", SCRIPTS)
 def test_the_script_ends_with_its_verdict(case, ended):
     """0 as registered, 1 something is not, 2 bad usage, 3 inconclusive: what CI reads."""
-    said, _, process = ended[case]
-    assert process.returncode == SCRIPTS[case][2], said
+    status, said = ended[case]
+    assert status == SCRIPTS[case][2], said
     assert ("all as registered" in said) == (case == "sound")
     words = {"wrong": "NOT as registered", "no number": "inconclusive, none wrong"}
     assert words.get(case, "") in said
