@@ -166,10 +166,12 @@ PRINTED = "1.000 0.875  2 1.23e-02  1.25  0.875  0.750 0.5000  0.062"
 def test_a_line_is_printed_figure_by_figure(precise, size, off, said):
     """Under a head that names each; a kernel's name stands once; shares are per cent."""
     bench = SimpleNamespace(precise=lambda: precise, model=SimpleNamespace(size=size))
-    table = [LINE | {"kernel": kernel} for kernel in ("cps", "cps", "dance")]
+    table = [LINE | {"kernel": kernel} for kernel in ("flow_sde", "flow_sde", "dance")]
     text = comparison.show_comparison(table, bench)
     head, *lines = text.splitlines()[-4:]
-    assert lines == [f"{name:8} {PRINTED}{off}   2.50   25   75" for name in ("cps", "", "dance")]
+    assert lines == [
+        f"{name:8} {PRINTED}{off}   2.50   25   75" for name in ("flow_sde", "", "dance")
+    ]
     assert head.split()[:8] == ["t", "s", "k", "|grad", "1|", "x", "cos", "member"]
     assert head.split()[8:] == ["group", "gap", *(["off"] if off else []), "weight", "share"]
     assert said in text and ("error against" in text) == bool(off)

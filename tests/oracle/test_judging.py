@@ -497,6 +497,20 @@ def test_what_is_asked_is_of_the_seed():
     assert torch.equal(asked(1), asked(1)) and not torch.equal(asked(1), asked(2))
 
 
+def test_a_transition_is_asked_with_an_eta_of_its_seed():
+    """Between 0.5 and 0.9: a function with one written into it is not called right by luck."""
+    etas = set()
+    for seed in range(5):
+        questions = judging.transition_questions(torch.Generator().manual_seed(seed))
+        etas |= {question.eta for question in questions}
+    assert len(etas) == 5 and 0.5 <= min(etas) < 0.65 < max(etas) <= 0.9
+
+    def with_its_own(x, velocity, t, s, k, kernel, eta):
+        return transition(x, velocity, t, s, k, kernel, 0.7)
+
+    assert not judging.judge(with_its_own, seed=11).agrees
+
+
 @pytest.mark.usefixtures("theirs")
 def test_a_seed_is_fresh_and_said(monkeypatch, capsys):
     """Without --seed it comes from the system, so that nothing can be learnt by heart."""
