@@ -13,7 +13,7 @@ RELEASED = Options(
     model="owner/name",
     reward=("a:b", "c:d"),
     eval_reward=("a:b",),
-    prompts_per_iteration=4,
+    prompts_per_iteration=6,
     group_size=3,
     steps=5,
     factors=(2, 4),
@@ -24,24 +24,24 @@ RELEASED = Options(
     rollout_batch=7,
     decode_batch=2,
     reward_batch=5,
-    update_batch=3,
+    update_batch=5,
     heldout=24,
     eval_every=10,
 )
 # Steps 1 and 3 of 5 branch. A prompt's anchor takes steps 0 to 3: 4 rows; 3 members of step 1 take
-# steps 2, 3, 4: 9 rows; 3 members of step 3 take step 4: 3 rows. Of 4 prompts: 16 + 36 + 12 = 64.
-# Most at once are at step 4: 6 members of 4 prompts, 24. States: 4 prompts by 2 steps, 8; each asks
-# for 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 64 + 4 x 80 +
-# 16 = 400, and without S 64 + 4 x 16 + 16 = 144.
+# steps 2, 3, 4: 9 rows; 3 members of step 3 take step 4: 3 rows. Of 6 prompts: 24 + 54 + 18 = 96.
+# Most at once are at step 4: 6 members of 6 prompts, 36. States: 6 prompts by 2 steps, 12; each asks
+# for 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 96 + 4 x 120 +
+# 24 = 600, and without S 96 + 4 x 24 + 24 = 216. Of 3 prompts by 2 steps a rank takes 2 and 1.
 PRINTED = """\
-one iteration: 24 images in groups of 3 from 4 prompts on 2 ranks (cuda)
-  velocity evaluations: 64 sampled, 80 trained (4 forwards each), 16 reference; \
+one iteration: 36 images in groups of 3 from 6 prompts on 2 ranks (cuda)
+  velocity evaluations: 96 sampled, 120 trained (4 forwards each), 24 reference; \
 each is 2 rows of the network, for guidance
-  S = {2, 4} adds 64 trained evaluations, 177.8 % more forwards; no image, no reward
-  on a rank: 12 images; velocity calls of a step at most 2 of up to 7 rows (--rollout-batch 7); \
-VAE calls 6 of up to 2 (--decode-batch 2); reward calls 3 of up to 5 (--reward-batch 5)
-  2 updates, each of 4 observed states on a rank in backward passes: 2 of up to 2 \
-(--update-batch 3), gradients added up: the same gradient
+  S = {2, 4} adds 96 trained evaluations, 177.8 % more forwards; no image, no reward
+  on a rank: 18 images; velocity calls of a step at most 3 of up to 7 rows (--rollout-batch 7); \
+VAE calls 9 of up to 2 (--decode-batch 2); reward calls 4 of up to 5 (--reward-batch 5)
+  2 updates, each of 6 observed states on a rank in backward passes: 2 of up to 4 \
+(--update-batch 5), gradients added up: the same gradient
 parameters: 1,000 of the network, 2,000 trained, sharded over 2 ranks; memory of a rank, GiB: \
 3.00 frozen weights + 1.00 trained, float32 + 1.00 gradients + 2.00 Adam + 1.00 EMA = 8.00, \
 activations, VAE and reward models besides
