@@ -30,9 +30,10 @@ RELEASED = Options(
 )
 # Steps 1 and 3 of 5 branch. A prompt's anchor takes steps 0 to 3: 4 rows; 3 members of step 1 take
 # steps 2, 3, 4: 9 rows; 3 members of step 3 take step 4: 3 rows. Of 6 prompts: 24 + 54 + 18 = 96.
-# Most at once are at step 4: 6 members of 6 prompts, 36. States: 6 prompts by 2 steps, 12; each asks
-# for 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 96 + 4 x 120 +
-# 24 = 600, and without S 96 + 4 x 24 + 24 = 216. Of 3 prompts by 2 steps a rank takes 2 and 1.
+# Most at once are at step 4: 6 members of 6 prompts, 36. States: 6 prompts by 2 steps, 12. Each
+# asks for 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 96 +
+# 4 x 120 + 24 = 600, and without S 96 + 4 x 24 + 24 = 216. A rank has 3 prompts by 2 steps, and at
+# most 5 states, which is 2 prompts, a pass.
 PRINTED = """\
 one iteration: 36 images in groups of 3 from 6 prompts on 2 ranks (cuda)
   velocity evaluations: 96 sampled, 120 trained (4 forwards each), 24 reference; \
