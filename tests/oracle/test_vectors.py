@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 import pave_grpo as pave
 import verify_equivalence as oracle
-from zoo.oracle import fields, vectors
+from zoo.oracle import fields, theory, vectors
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +169,9 @@ def test_inputs_of_every_case_are_its_own(tensors):
         assert (moved > 0) == (name != "at theta_old")
 
 
-def field_of(case, which):
-    """The typed velocity of theta_old or theta: data N(m, diag q), each prompt its own."""
-    m, q = case[f"m{which}"], case[f"log_q{which}"].exp()
+def field_of(m, log_q):
+    """The typed velocity of data N(m, diag q), each prompt its own."""
+    q = log_q.exp()
 
     def velocity(x, t, prompt):
         w = t[:, None]
@@ -186,7 +186,8 @@ def test_vectors_are_those_of_slow_loops(name, tensors):
     """Advantages, means, log-probabilities, ratios and the loss of every case, one by one."""
     setting = vectors.USUAL | vectors.CASES[name]
     case = {key.removeprefix(f"{name}/"): z for key, z in tensors.items()}
-    old, new = field_of(case, ""), field_of(case, "_new")
+    theta = case["m_new"].clone().requires_grad_(), case["log_q_new"].clone().requires_grad_()
+    old, new = field_of(case["m"], case["log_q"]), field_of(*theta)
     rewards = case["rewards"]
     spread = rewards.std(-1, correction=setting["ddof"], keepdim=True) + setting["eps"]
     A = (rewards - rewards.mean(-1, keepdim=True)) / spread
@@ -197,8 +198,12 @@ def test_vectors_are_those_of_slow_loops(name, tensors):
     kept = [case[key] for key in ("x_t", "x_s", "log_prob_sampled", "x_0")]
     rollout = pave.Rollout(process, tuple(setting["sde_steps"]), *kept)
     how = [setting[key] for key in ("form", "clip", "reduction")]
-    wanted = slow.slow_loss(new, old, rollout, A, setting["factors"], *how).item()
-    if setting["kl"]:
+    loss = slow.slow_loss(new, old, rollout, A, setting["factors"], *how)
+    wanted = loss.item()
+    if not setting["kl"]:
+        for key, grad in zip(("grad_m", "grad_log_q"), torch.autograd.grad(loss, theta)):
+            torch.testing.assert_close(case[key], grad, rtol=0, atol=1e-12)
+    else:
         apart = (case["mean_1"] - case["mean_old_1"]).square().mean(-1)
         std = case["std_1"].view(1, -1, 1)
         wanted += setting["kl"] * (apart / (2 * std**2)).mean().item()
@@ -206,7 +211,19 @@ def test_vectors_are_those_of_slow_loops(name, tensors):
 
     for step in slow.observations(rollout):
         p, j, g = step.index
+        std = case["std_1"][j]
+        sampled = case["mean_old_1"][p, j, g % rollout.x_t.shape[2]]
+        drawn = sampled + std * case["noise_steps"][p, j, g]
+        torch.testing.assert_close(step.x_s[0], drawn, rtol=0, atol=1e-12)
+        record = theory.of(setting["kernel"], setting["eta"])
         for k in (1, *setting["factors"]):
+            last = theory.last_start(k, step.t, step.s)
+            (a, c), (b, _) = (
+                record.step(1.0, 0.0, last, step.s),
+                record.step(0.0, 1.0, last, step.s),
+            )
+            found = [case[f"{key}_{k}"][j].item() for key in ("a", "b", "std")]
+            assert found == pytest.approx([a, b, c], abs=1e-12)
             for which, field in (("", new), ("_old", old)):
                 mean, _ = slow.slow_transition(field, process, k, step)
                 found = case[f"mean{which}_{k}"][p, j, g % rollout.x_t.shape[2]]
