@@ -148,3 +148,31 @@ def test_derivatives_are_of_the_whole_loss_of_an_updated_theta(form, mode):
     found = [reverse.item(), forward.item(), central]
     assert found == pytest.approx([wanted] * 3, rel=1e-6)
     assert reverse.item() == pytest.approx(wanted, rel=1e-10)
+
+
+# ---- E3, E7, E10 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "reduction"), [("paper", "sum"), ("matched", "sum"), ("matched", "mean")]
+)
+def test_the_ratio_of_an_update_is_that_of_its_members(form, reduction):
+    """Its mean, expectation and standard error, beside the members' own log-densities.
+
+    100,000 members: their mean is known to 1/316 of their spread, their spread to a few per cent.
+    """
+    bench, k, size = Bench(["flow_sde"], (3,)), 3, 0.05
+    u = experiments.update(bench, "network", "flow_sde", k, size, form, reduction)
+    assert u.delta.norm().item() == pytest.approx(size, rel=0.01)
+    assert torch.equal(u.delta, (u.new.mean - u.old[k].mean).flatten())
+    record = theory.of("flow_sde", ETA)
+    c = record.std(k if form == "paper" else 1, *POINT)
+    old = u.old[k].mean if form == "paper" else u.old[1].mean
+    log_ratio = Normal(old + u.delta, c).log_prob(u.x_s) - Normal(old, c).log_prob(u.x_s)
+    ratio = (log_ratio.sum(-1) if reduction == "sum" else log_ratio.mean(-1)).exp()
+    assert u.ratio == pytest.approx(ratio.mean().item(), rel=1e-9)
+    assert ratio.numel() == 100_000 and (u.x_s - u.old[1].mean).std().item() == pytest.approx(
+        record.std(1, *POINT), rel=0.01
+    )
+    assert u.se == pytest.approx(ratio.std().item() / 100_000**0.5, rel=0.1)
+    assert abs(u.ratio - u.expected) < 6 * u.se

@@ -282,12 +282,22 @@ def weighted_cps(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kerne
     return ours(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip)
 
 
+def loss_in_float32(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip):
+    x_t, x_s = x_t.float(), x_s.float()
+    return loss(velocity, velocity_old, x_t, x_s, t, s, rewards, factors, kernel, eta, clip)
+
+
 @pytest.mark.parametrize(
     ("function", "convention", "told"),
-    [(released, "clip", "none"), (weighted_cps, "1/(2 std^2)", f"{DROPPED} (cps)")],
+    [
+        (released, "clip", "none"),
+        (weighted_cps, "1/(2 std^2)", f"{DROPPED} (cps)"),
+        (loss_in_float32, "precision", "float32"),
+        (loss, "precision", "float64"),
+    ],
 )
 def test_conventions_of_a_loss_are_told(function, convention, told):
-    """No clip; 1/(2 std^2) dropped in one kernel."""
+    """No clip; 1/(2 std^2) dropped in one kernel; float32."""
     found = judging.judge(function, seed=10)
     assert found.agrees and found.conventions[convention] == told
 
@@ -566,3 +576,13 @@ def test_against_from_the_command_line(capsys):
         assert oracle.main(["--against", f"theirs:{name}"]) == code
         printed = capsys.readouterr()
         assert words in printed.out + printed.err
+
+
+@pytest.mark.usefixtures("theirs")
+def test_the_working_directory_comes_first(tmp_path, monkeypatch, capsys):
+    """Whatever else the path holds under that name: what stands here is judged."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "theirs.py").write_text("def good(x_s, mean, std): ...\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), *sys.path])
+    assert judging.main("theirs:good", 3) == 0
+    assert "verdict: agrees" in capsys.readouterr().out

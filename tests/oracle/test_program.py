@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import verify_equivalence as oracle
-from zoo.oracle import report
+from zoo.oracle import options, report
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,9 +83,38 @@ BAD = {
     "--verdicts no/where": "no/where",
     "--verdicts a --seed 1": "--seed",
     "--verdicts a --kernels cps": "--kernels",
+    "--plots a_file": "--plots a_file: must be a folder",
+    "--json a_folder": "--json a_folder: must be a file",
+    "--verdicts a_folder": "--verdicts a_folder: must be a file",
+    "--model a_pipeline --dtype float64": "--dtype float64: must be float32 or bfloat16",
+    "--model a_folder": "--model a_folder: must be a checkpoint of train.py",
+    "--model owner/name.safetensors": "owner/name.safetensors",
+    "--model embedded/": "embedded/",
+    "--model owner/name --claims E1 E3": "--claims E1 E3: must be of E1 E2 E6 E7 E9 with --model",
+    "--model embedded --vary-seed 2": "--model",
+    "--seed 1.5": "--seed",
+    "--row": "--row",
+    "--factors 2 --size 8 8": "--size: must be left out without --model",
+    "--kernels flow_sde dance flow_sde": "--kernels flow_sde dance flow_sde: must be distinct",
 }
+ALLOWED = ["--seed 0", "--vary-seed 1", "--factors 2 3 4 5 6", "--plots a_folder --json a_file"]
+ALLOWED += ["--plots new", "--verdicts a_file", "--model a_pipeline --dtype bfloat16 --size 8 8"]
+ALLOWED += ["--model embedded --dtype float64", "--model owner/name --prompt dog"]
+ALLOWED += ["--vary-seed 2 --claims E2 E3", "--model a_pipeline --dtype float32 --claims E9"]
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """To stand in: a file, a folder, and a folder with the index of a pipeline."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_pipeline").mkdir()
+    (tmp_path / "a_pipeline" / "model_index.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(("flags", "named"), BAD.items())
 def test_bad_usage_is_one_line_and_status_2(flags, named, capsys, monkeypatch):
     """Before any work."""
@@ -95,6 +124,37 @@ def test_bad_usage_is_one_line_and_status_2(flags, named, capsys, monkeypatch):
     assert isinstance(stop.value, SystemExit), repr(stop.value)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and named in err, err
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("flags", ALLOWED)
+def test_what_is_at_the_edge_is_taken(flags):
+    """Nothing that can be done is refused, and nothing is read as another mode."""
+    options.parse(flags.split(), oracle.CLAIMS, "")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_cuda_is_asked_for_where_it_is(there, monkeypatch, capsys):
+    """Without a GPU it is refused in one line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    if there:
+        assert options.parse(["--device", "cuda"], oracle.CLAIMS, "").device == "cuda"
+        return
+    with pytest.raises(SystemExit) as stop:
+        options.parse(["--device", "cuda"], oracle.CLAIMS, "")
+    assert stop.value.code == 2
+    wanted = "error: --device cuda: must be cpu: no CUDA device is available\n"
+    assert capsys.readouterr().err.endswith(wanted)
+
+
+def test_what_is_a_pipeline(folder):
+    """A folder, or an id of two words without a suffix that is no file; not the shipped model."""
+    (folder / "owner").mkdir()
+    (folder / "owner" / "kept").write_text("")
+    for model in ("a_pipeline", "a_folder", "owner/name", "./a_folder"):
+        assert options.is_pipeline(model), model
+    for model in ("embedded", "a_file", "owner/kept", "owner/name.pt", "a/b/c", "nowhere"):
+        assert not options.is_pipeline(model), model
 
 
 def test_a_model_in_bfloat16_keeps_what_does_not_depend_on_the_network(capsys):

@@ -1,17 +1,19 @@
 """The report: its words follow the verdicts, it fits a page, docs/VERDICTS.md is not stale."""
 
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import verify_equivalence as oracle
 from zoo.oracle import report, theory
-from zoo.oracle.bench import ETA
-from zoo.oracle.claims import status_of
-from zoo.oracle.findings import HOLDS, INCONCLUSIVE, REFUTED
+from zoo.oracle.bench import ETA, Bench, Model
+from zoo.oracle.claims import Row, status_of
+from zoo.oracle.findings import CONVERGES, HOLDS, INCONCLUSIVE, REFUTED
 
 CLAIMS = oracle.CLAIMS
 PAGE = Path(__file__).parents[2] / "docs" / "VERDICTS.md"
@@ -219,3 +221,155 @@ def test_a_report_says_whether_the_tree_was_changed(changes, dirty, small, monke
     monkeypatch.setattr(report.subprocess, "run", git)
     found = report.environment(small())
     assert found["dirty"] is dirty and found["commit"] == (None if dirty is None else "abc123")
+
+
+# ---- Character by character ----------------------------------------------------------------------
+
+ROW = Row(
+    claim="E2",
+    statement="E2.size",
+    kernel="dance",
+    k=3,
+    rollouts="shared_anchor",
+    form="paper",
+    fixture="rapid",
+    verdict=HOLDS,
+    registered=HOLDS,
+    measured=-0.75,
+    predicted=0.5,
+    tolerance=1.5,
+    difference=1.25,
+    low=None,
+    high=None,
+    z=None,
+    n=7,
+    seed=9,
+    seconds=0.25,
+    estimate=None,
+    truth=None,
+)
+PLACE = "  dance    k 3 shared      paper    rapid                  "
+REFUTED_ROW = replace(ROW, verdict=REFUTED, registered=REFUTED, low=1.0, high=1.5, z=-8.0)
+LINES = {  # what a row is printed as, from its verdict on
+    "holds": (ROW, "holds        1.2     <= 1.5e+00"),
+    "below": (replace(ROW, z=-1.25), "holds        1.2     <= 1.5e+00 z -1.2"),
+    "above": (replace(ROW, z=2.5), "holds        1.2     <= 1.5e+00 z +2.5"),
+    "refuted": (REFUTED_ROW, "refuted      1.2     in 1..1.5"),
+    "refuted at": (replace(REFUTED_ROW, low=1.25, high=1.25), "refuted      1.2     at 1.25"),
+    "out of range": (replace(REFUTED_ROW, high=1.125), "refuted      1.2     in 1..1.12 <-"),
+    "wrong": (replace(ROW, verdict=REFUTED), "refuted      1.2     <= 1.5e+00 <-"),
+    "wrong holds": (replace(REFUTED_ROW, verdict=HOLDS), "holds        1.2     in 1..1.5 <-"),
+    "converges": (
+        replace(ROW, verdict=CONVERGES, registered=CONVERGES, measured=1.25),
+        "converges    1.2     0.50 +- 1.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_row_is_printed_with_all_that_it_holds(case):
+    """Where, the verdict, its size, what that is held to, z with its sign, and whether it fits."""
+    row, said = LINES[case]
+    assert report.row_line(row) == PLACE + said
+
+
+def test_rows_stand_under_their_claim_and_statement(rows):
+    """The sentence, the statement with its tolerance's reason, then its rows and no others."""
+    picked = [row for row in rows if row.claim in ("E5", "E8")]
+    text = report.every_row(picked, CLAIMS)
+    wanted = []
+    for name in ("E5", "E8"):
+        wanted.append(" ".join(f"{name}  {CLAIMS[name].sentence}".split()))
+        for key, statement in CLAIMS[name].statements.items():
+            wanted += [f"  {key}: {statement.text}", f"  tolerance: {statement.basis}"]
+            wanted += [report.row_line(row) for row in picked if row.statement == key]
+    paragraphs = " ".join(text.split())
+    assert paragraphs == " ".join(" ".join(wanted).split())
+
+
+def test_what_differs_is_counted_and_the_first_is_located():
+    """By registered verdict: how many of the statement's rows, where, and by how much."""
+    off = replace(ROW, verdict=REFUTED, k=2, rollouts="", fixture="point", difference=0.5)
+    shown = " ".join(" ".join(report.odd_lines("cps", [ROW, off, ROW, replace(off, k=5)])).split())
+    assert shown == "<- cps: registered holds; 2 of 4 differ, first k = 2, paper, point: 0.5"
+    small = replace(REFUTED_ROW, difference=0.25)
+    shown = " ".join(" ".join(report.odd_lines("cps", [small, REFUTED_ROW])).split())
+    wanted = "<- cps: registered refuted by 1 to 1.5; 1 of 2 differ, first k = 3, shared_anchor, "
+    assert shown == wanted + "paper, rapid: 0.25"
+    assert report.odd_lines("cps", [ROW, REFUTED_ROW]) == []
+
+
+def test_policy_gradients_are_shown_beside_their_own_truth():
+    """One truth a kernel, one line an estimate."""
+    first = replace(ROW, kernel="cps", k=1, form="original", estimate=[3.0, 4.0], truth=[4.0, 3.0])
+    second = replace(first, k=2, form="paper", estimate=[8.0, 6.0])
+    other = replace(first, kernel="dance", estimate=[-1.0, -1.0], truth=[0.0, 1.0])
+    lines = report.show_estimates([first, second, replace(ROW, estimate=None), other]).splitlines()
+    assert lines[3:] == [
+        "cps       --  truth      +4.000  +3.000",
+        "cps        1  original   +3.000  +4.000   0.9600   1.00",
+        "cps        2  paper      +8.000  +6.000   1.0000   2.00",
+        "dance     --  truth      +0.000  +1.000",
+        "dance      1  original   -1.000  -1.000   -0.7071   1.41",
+    ]
+
+
+@pytest.fixture
+def own():
+    """A bench that differs from the default in all that a page says of it."""
+    return Bench(["dance", "cps"], (2,), 7, "meta", Model("", ("a red circle",), torch.bfloat16))
+
+
+def test_pages_say_what_they_were_made_with(own, small, rows):
+    """Seed, precision and device; the front page its seconds too."""
+    page = report.front_page(rows, CLAIMS, own, 12.4)
+    assert page.endswith("all as registered. Took 12 s; bfloat16, seed 7, meta.")
+    page = report.front_page(rows, CLAIMS, small(seed=3), 1.6)
+    assert page.endswith("all as registered. Took 2 s; float64, seed 3, cpu.")
+    page = report.verdicts(rows, CLAIMS, small(seed=3))
+    python, made = platform.python_version(), torch.__version__
+    assert f"With Python {python}, torch {made}, cpu, float64, seed 3." in page
+    assert "to 6.0\nstandard errors" in page and report.headline(rows) in page
+    found = report.environment(small())
+    kept = {key: found[key] for key in ("python", "torch", "threads", "device", "dtype")}
+    threads = torch.get_num_threads()
+    of_now = {"python": python, "torch": made, "threads": threads, "device": "cpu"}
+    assert kept == of_now | {"dtype": "float64"}
+
+
+def test_a_gpu_is_named(monkeypatch):
+    """By the name of the device that was used."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    bench = SimpleNamespace(device=torch.device("cuda"), model=None, dtype=torch.float64)
+    assert report.environment(bench)["device"] == "a GPU"
+
+
+def test_json_says_what_the_page_says(rows, small):
+    """The conclusion, every claim's sentence, the statements of those claims and no others."""
+    picked = [row for row in rows if row.claim in ("E5", "E8")]
+    told = json.loads(report.to_json(picked, CLAIMS, small(), []))
+    assert told["conclusion"] == report.conclusion(picked, CLAIMS) != ""
+    assert told["claims"] == {name: CLAIMS[name].sentence for name in ("E5", "E8")}
+    statements = {**CLAIMS["E5"].statements, **CLAIMS["E8"].statements}
+    assert told["statements"] == {
+        key: {"text": s.text, "tolerance": s.basis} for key, s in statements.items()
+    }
+    assert told["schema"] == 2 and told["false_alarm"] == 1e-6 and told["status"] == 0
+    assert told["environment"].keys() == report.environment(small()).keys()
+    assert [row["statement"] for row in told["rows"]] == [row.statement for row in picked]
+
+
+def test_every_kernel_has_a_column(rows):
+    """Three abreast, those that are left below; each under its own name."""
+    kernels = ["one", "two", "three", "four", "five"]
+    five = [replace(ROW, kernel=kernel, difference=10.0**-i) for i, kernel in enumerate(kernels)]
+    lines = report.table(five, CLAIMS, kernels)
+    heads = [line.split() for line in lines[::2]]
+    assert heads == [kernels[:3], kernels[3:]] and len(lines) == 4
+    cells = [line.split("holds to ")[1:] for line in lines[1::2]]
+    assert [float(cell) for cell in cells[0]] == [1.0, 0.1, 0.01]
+    assert [float(cell) for cell in cells[1]] == [0.001, 0.0001]
+    for head, line in zip(lines[::2], lines[1::2]):
+        assert [head.index(word) for word in head.split()] == [
+            i for i in range(len(line)) if line.startswith("holds to", i)
+        ]

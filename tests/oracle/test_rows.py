@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import verify_equivalence as oracle
-from zoo.oracle.bench import Bench, Model
+from zoo.oracle import theory
+from zoo.oracle.bench import ETA, POINT, Bench, Model
 
 MODES = ("shared_anchor", "independent")
 THREE = ("gaussian", "network", "rapid")
@@ -174,6 +175,28 @@ def test_statistical_rows_say_how_many_samples_they_are_of(name, rows):
 
 
 MARGINAL_SAMPLES = 50_000
+
+
+def test_standard_errors_are_those_of_their_samples(rows):
+    """Of a score in one direction, a log-ratio's spread, a mean and a variance, times Z."""
+    expected = {
+        "E3.score_formula": lambda c_1, c_k, row: c_1 / c_k**2 / 100_000**0.5,
+        "E3.spread": lambda c_1, c_k, row: (c_1 / c_k) ** 2 / 200_000**0.5,
+        "MARGINAL.variance": lambda c_1, c_k, row: row.predicted * (2 / MARGINAL_SAMPLES) ** 0.5,
+    }
+    variances = {}
+    for row in rows:
+        if row.statement == "MARGINAL.variance":
+            variances[row.kernel, row.rollouts] = row.predicted
+        if row.statement in expected:
+            record = theory.of(row.kernel, ETA)
+            c_1, c_k = (record.std(k or 1, *POINT) for k in (1, row.k))
+            se = expected[row.statement](c_1, c_k, row)
+            assert row.tolerance == pytest.approx(6.0 * se, rel=0.01), row
+    for row in rows:
+        if row.statement == "MARGINAL.mean":
+            se = (variances[row.kernel, row.rollouts] / MARGINAL_SAMPLES) ** 0.5
+            assert row.tolerance == pytest.approx(6.0 * se, rel=0.01), row
 
 
 # ---- How wide tolerances are ---------------------------------------------------------------------
