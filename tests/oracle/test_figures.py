@@ -153,12 +153,17 @@ def test_every_row_ends_at_the_observed_state_under_its_gaussian(monkeypatch, tm
         assert len(sub_steps) == k
         assert sub_steps[0][:, 0] == pytest.approx([0.7, -0.6])
         assert sub_steps[-1][:, -1] == pytest.approx([0.3, 0.9], abs=1e-6)
-        for before, after in pairwise(sub_steps):
-            assert before[:, -1] == pytest.approx(after[:, 0])
 
         def velocity(x, t):
             at = torch.tensor([t], dtype=torch.float64)
-            return draw_decomposition.velocity(torch.tensor([[x]]).double(), at, None).item()
+            x = torch.tensor([[x]], dtype=torch.float64)
+            return draw_decomposition.velocity(x, at, None).item()
+
+        d = 0.4 / k
+        for before, after in pairwise(sub_steps):  # Euler, from the dot at its start
+            (t, x), (t_1, x_1) = before[:, 0], after[:, 0]
+            assert before[:, -1] == pytest.approx([t_1, x_1])
+            assert (t_1, x_1) == pytest.approx((t - d, x - d * velocity(x, t)))
 
         mean, std = record.decomposed(velocity, -0.6, 0.7, 0.3, k)
         density, x = (0.27 - curve[0]) / 0.085, curve[1]

@@ -260,8 +260,8 @@ LINES = {  # what a row is printed as, from its verdict on
     "wrong": (replace(ROW, verdict=REFUTED), "refuted      1.2     <= 1.5e+00 <-"),
     "wrong holds": (replace(REFUTED_ROW, verdict=HOLDS), "holds        1.2     in 1..1.5 <-"),
     "converges": (
-        replace(ROW, verdict=CONVERGES, registered=CONVERGES, measured=1.25),
-        "converges    1.2     0.50 +- 1.5",
+        replace(ROW, verdict=CONVERGES, registered=CONVERGES, measured=2.5),
+        "converges    2.5     0.50 +- 1.5",
     ),
 }
 
