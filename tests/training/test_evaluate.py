@@ -17,7 +17,7 @@ DATA = Prompts(("t",), tuple("abcde"))
 
 
 class Flat:
-    """Pictures whose value is their prompt's number plus a tenth of ODE steps plus their noise."""
+    """Pictures as bright as their prompt's number plus their noise, times one plus ODE steps."""
 
     shape = (1,)
 
@@ -32,7 +32,7 @@ class Flat:
 
         def velocity(x, t, prompt):
             self.rows.append(len(x))
-            return -numbers[prompt, None] - 0.1 * self.steps
+            return -numbers[prompt, None]
 
         return velocity
 
@@ -41,7 +41,7 @@ class Flat:
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def decode(self, x):
-        return x.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        return (1 + self.steps) * x.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
 def judges(images, prompts):
@@ -56,7 +56,8 @@ def slowly(heldout, steps_list):
     prompts, noise = DATA.pairs((1,), heldout)
     heldout_means, families, spreads = {}, [], []
     for steps in steps_list:
-        said = ["abcde".index(prompt) + 0.1 * steps + z.item() for prompt, z in zip(prompts, noise)]
+        said = ["abcde".index(prompt) + z.item() for prompt, z in zip(prompts, noise)]
+        said = [(1 + steps) * value for value in said]
         numbers = ["abcde".index(prompt) for prompt in prompts]
         heldout_means[str(steps)] = {
             "said": sum(said) / len(said),
@@ -66,7 +67,7 @@ def slowly(heldout, steps_list):
             families = [value for prompt, value in zip(prompts, said) if prompt in "ae"]
     for group in noise.view(-1, 4):
         pairs = [(a - b).abs().item() for i, a in enumerate(group) for b in group[:i]]
-        spreads.append(sum(pairs) / 6)
+        spreads.append((1 + steps_list[0]) * sum(pairs) / 6)
     return {
         "heldout": heldout_means,
         "family": {"vowel": sum(families) / len(families)},

@@ -21,6 +21,21 @@ def test_values_are_gathered_in_the_order_of_ranks(monkeypatch):
     assert Ranks(0, 1, CPU).gather("mine") == ["mine"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, ZeroDivisionError, MemoryError])
+def test_whatever_a_reward_raises_stops_the_run(error):
+    """It is somebody else's code; its error is told by name."""
+
+    def reward():
+        raise error("gone")
+
+    try:
+        Ranks(0, 1, CPU).together(reward)
+    except Exception as stop:
+        assert isinstance(stop, Stopped) and str(stop).startswith(f"{error.__name__}: ")
+    else:
+        pytest.fail("it went on")
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_reward_that_fails_on_one_of_two_ranks_stops_both(failing, monkeypatch):
     """With the message of the one that failed; its own error is the cause there, and only there."""

@@ -1,6 +1,7 @@
 """The folder a run leaves: what is written, drawn and said, when, and by which rank."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,3 +184,16 @@ def test_a_run_has_a_folder_of_its_own(studio, capsys):
     Path("file").write_text("")
     with pytest.raises(Stopped, match=r"--out file/below: cannot be written"):
         Run(Options(out="file/below"), Saving(), JUDGES, Prompts(), Ranks(0, 1, "cpu"))
+
+
+def test_the_second_interrupt_is_the_last(monkeypatch):
+    """The first is noted and nothing else; the next is Python's own."""
+    handlers = []
+    monkeypatch.setattr(
+        run_module.signal, "signal", lambda which, what: handlers.append((which, what))
+    )
+    interrupt = run_module.Interrupt()
+    assert not interrupt.noted and handlers == [(signal.SIGINT, interrupt.note)]
+    interrupt.note(signal.SIGINT, None)
+    assert interrupt.noted
+    assert handlers[1:] == [(signal.SIGINT, signal.default_int_handler)]

@@ -7,8 +7,9 @@
                                                            on black
 
 All three are run by transformers' CLIPModel. Preprocessing is done in torch, on the model's device,
-and repeats what PIL does to 8-bit pictures: bicubic, width first, rounded to 1/255 after each pass;
-it differs from PIL's by up to 2/255. Correctness is shown on random weights of the architecture
+and repeats what PIL does to 8-bit pictures: bicubic, width first, rounded to 1/255 after each pass.
+It differs from PIL's by up to 2/255; from Pillow 13 on, which begins with the height of tall
+pictures, by up to 5/255 in those. Correctness is shown on random weights of the architecture
 (tests/test_rewards.py); no score of a released checkpoint is claimed.
 """
 
