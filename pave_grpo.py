@@ -46,7 +46,8 @@ and a point in the plane are all the same to it:
     (torch.Size([1, 3, 16, 2]), torch.Size([1, 3, 16]), 1.0)
 
 Departures from the paper: form="matched" scores x_s under a density centred on the one that
-produced it (E7); term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero,
+produced it (E7); form="midpoint" trains one velocity inside the step and no k-term (E14);
+term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero,
 where rounding noise over eps would do. The released code has no clip and no KL, and averages
 log-probabilities over dimensions: "mean", our default; "sum" is the true density (E10). The
 paper's sum over T steps is a mean over the n stochastic ones. E1, E2, ... are statements that
@@ -304,6 +305,19 @@ def draw_noise(
     return Noise(torch.stack(x_1).to(device), torch.stack(z).to(device))
 
 
+def draw_places(generators: Sequence[torch.Generator], n_steps: int, states: int = 1) -> Tensor:
+    """Places u in [0, 1) for form="midpoint", uniform, float64 [P, n, states] on the CPU.
+
+    From one generator per prompt, after its noise; states is 1 (shared anchor) or G.
+    """
+    drawn = []
+    for generator in generators:
+        device = generator.device
+        u = torch.rand(n_steps, states, generator=generator, device=device, dtype=torch.float64)
+        drawn.append(u.cpu())
+    return torch.stack(drawn)
+
+
 class Rollout(NamedTuple):
     """Sampled groups: everything the loss needs. Shapes as in the module's table."""
 
@@ -313,19 +327,27 @@ class Rollout(NamedTuple):
     x_s: Tensor
     log_prob: Tensor  # [P, n, G], log p_old(x_s | x_t) stored while sampling, summed
     x_0: Tensor
+    v: Tensor | None = None  # like x_t, v_old(x_t, t) kept while sampling
 
 
-Observed = tuple[Tensor, Tensor, Tensor]  # x_t, x_s and log p(x_s | x_t) of one stochastic step
+class Observed(NamedTuple):
+    """One stochastic step of a rollout, as it was sampled."""
+
+    x_t: Tensor
+    x_s: Tensor
+    log_prob: Tensor
+    v: Tensor
 
 
 def rollout_of(
     process: Process, steps: tuple[int, ...], observed: list[Observed], x_0: Tensor
 ) -> Rollout:
     """The observed steps side by side on axis 1."""
-    x_t = torch.stack([x_t for x_t, _, _ in observed], dim=1)
-    x_s = torch.stack([x_s for _, x_s, _ in observed], dim=1)
-    log_prob = torch.stack([log_prob for _, _, log_prob in observed], dim=1)
-    return Rollout(process, steps, x_t, x_s, log_prob, x_0)
+    x_t = torch.stack([step.x_t for step in observed], dim=1)
+    x_s = torch.stack([step.x_s for step in observed], dim=1)
+    log_prob = torch.stack([step.log_prob for step in observed], dim=1)
+    v = torch.stack([step.v for step in observed], dim=1)
+    return Rollout(process, steps, x_t, x_s, log_prob, x_0, v)
 
 
 def look_ahead(
@@ -360,7 +382,7 @@ def rollout_independent(
         v, p = look_ahead(velocity, process, x, i)
         if i in steps:
             x_s = p.sample(noise.z[:, len(observed)])
-            observed.append((x, x_s, p.log_prob(x_s, "sum")))
+            observed.append(Observed(x, x_s, p.log_prob(x_s, "sum"), v))
             x = x_s
         else:
             x = x - (t - s) * v
@@ -392,7 +414,7 @@ def rollout_shared_anchor(
         if i in steps:
             p = Transition(p.mean[:, :1], p.std[:, :1])  # from the anchor
             x_s = p.sample(noise.z[:, len(observed)])
-            observed.append((x[:, :1], x_s, p.log_prob(x_s, "sum")))
+            observed.append(Observed(x[:, :1], x_s, p.log_prob(x_s, "sum"), v[:, :1]))
             members = torch.cat([members, x_s], dim=1)
         if i == steps[-1]:
             anchor = anchor[:, :0]
@@ -482,6 +504,7 @@ class OldPolicy(NamedTuple):
     means: dict[int, Tensor]  # mu^(k)_old, [P, n, 1|G, *event]
     log_probs: dict[int, Tensor]  # of x_s under what was scored, [P, n, G]
     form: str
+    u: float | Tensor
     reduction: str
     rollout: Rollout  # what they were computed for
     sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|
@@ -496,23 +519,78 @@ class PolicyLoss(NamedTuple):
     old: OldPolicy  # pass it to the next update on the same rollout
 
 
-def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
-    """p^(k) of every observed x_t -> x_s: {k: mean [P, n, 1|G, *event], std [P, n, 1|G]}."""
-    process = rollout.process
-    batch = rollout.x_t.shape[:3]
+def rows_of(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_t [B, *event], t, s and prompt [B] of every state that a step left, B = P n (1|G)."""
+    P, n, states = batch = rollout.x_t.shape[:3]
     x = rollout.x_t.flatten(0, 2)
     steps = torch.tensor(rollout.sde_steps)
-    t = process.grid[steps].to(x.device).view(1, -1, 1).expand(batch).flatten()
-    s = process.grid[steps + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
-    prompt = torch.arange(batch[0], device=x.device).repeat_interleave(batch[1] * batch[2])
-    transitions = decompose(velocity, process, x, t, s, prompt, factors)
-    return {k: p.unflatten(batch) for k, p in transitions.items()}
+    grid = rollout.process.grid
+    t = grid[steps].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    s = grid[steps + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    prompt = torch.arange(P, device=x.device).repeat_interleave(n * states)
+    return x, t, s, prompt
 
 
-def matched(k: int, transitions: dict[int, Transition], means_old: dict[int, Tensor]) -> Transition:
-    """N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2 I): at theta_old, the density that sampled (E7)."""
-    mean = means_old[1] + (transitions[k].mean - means_old[k])
-    return Transition(mean, transitions[1].std)
+def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dict[int, Transition]:
+    """p^(k) of every observed x_t -> x_s: {k: mean [P, n, 1|G, *event], std [P, n, 1|G]}."""
+    x, t, s, prompt = rows_of(rollout)
+    transitions = decompose(velocity, rollout.process, x, t, s, prompt, factors)
+    return {k: p.unflatten(rollout.x_t.shape[:3]) for k, p in transitions.items()}
+
+
+def midpoint(velocity: Velocity, rollout: Rollout, u: float | Tensor = 0.5) -> Transition:
+    """N(a x_t + b v_u, c_1^2 I), v_u = v(x_t - u D v_old, t - u D): one evaluation a state (E14).
+
+    v_old is the rollout's, so that where the velocity is asked for does not depend on theta. u = 0
+    is the step as it was sampled. Shapes as `rescore`; u a number or [P, n, 1|G] in [0, 1].
+    """
+    assert rollout.v is not None
+    x, t, s, prompt = rows_of(rollout)
+    batch = rollout.x_t.shape[:3]
+    place = torch.as_tensor(u, dtype=torch.float64, device=x.device).expand(batch).flatten()
+    D_u = place * (t - s)
+    x_u = x - per_row(D_u, x) * rollout.v.flatten(0, 2)
+    v_u = evaluate(velocity, x_u, t - D_u, prompt)
+    return rollout.process.transition(x, v_u, t, s).unflatten(batch)
+
+
+def sampled(rollout: Rollout) -> Transition:
+    """N(a x_t + b v_old, c_1^2 I), the density that x_s was drawn from. Shapes as `rescore`."""
+    assert rollout.v is not None
+    x, t, s, _ = rows_of(rollout)
+    p = rollout.process.transition(x, rollout.v.flatten(0, 2), t, s)
+    return p.unflatten(rollout.x_t.shape[:3])
+
+
+def transitions_of(
+    velocity: Velocity, rollout: Rollout, factors: Sequence[int], form: str, u: float | Tensor
+) -> dict[int, Transition]:
+    """What each k evaluates: `rescore`, or `midpoint` alone under k = 1."""
+    if form == "midpoint":
+        return {1: midpoint(velocity, rollout, u)}
+    return rescore(velocity, rollout, factors)
+
+
+def matched(sampled: Transition, p: Transition, mean_old: Tensor) -> Transition:
+    """N(mu_sampled + mu - mu_old, c_1^2 I): at theta_old, the density that sampled (E7, E14)."""
+    mean = sampled.mean + (p.mean - mean_old)
+    return Transition(mean, sampled.std)
+
+
+def scored(
+    form: str,
+    k: int,
+    transitions: dict[int, Transition],
+    means_old: dict[int, Tensor],
+    rollout: Rollout,
+) -> Transition:
+    """What x_s is scored under: p^(k) itself, or what moves with it from the one that sampled."""
+    p = transitions[k]
+    if form == "midpoint":
+        return matched(sampled(rollout), p, means_old[k])
+    if form == "matched" and k > 1:
+        return matched(Transition(means_old[1], transitions[1].std), p, means_old[k])
+    return p
 
 
 def policy_loss(
@@ -522,6 +600,7 @@ def policy_loss(
     *,
     factors: Sequence[int] = (2, 3),
     form: str = "paper",
+    u: float | Tensor = 0.5,
     clip: float | None = 0.2,
     kl: float = 0.0,
     reference: Velocity | None = None,
@@ -533,7 +612,9 @@ def policy_loss(
 
     advantages    [P, N, G], as group_advantages gives them for the rewards of rollout.x_0
     factors       S; empty is Flow-GRPO, Flow-CPS or DanceGRPO, by the rollout's kernel
-    form          "paper" scores x_s under p^(k) = N(mu^(k), c_k^2 I), "matched" under `matched`
+    form          "paper" scores x_s under p^(k) = N(mu^(k), c_k^2 I); "matched" under `matched`;
+                  "midpoint" does so for `midpoint` in place of k = 1, and takes no factors
+    u             place of the midpoint's evaluation in the step, a number or [P, n, 1|G] in [0, 1]
     clip          > 0, or None; ratios of "mean" log-probabilities stay close to 1 (E10)
     reference     velocity of pi_ref, given where kl > 0: KL = |mu - mu_ref|^2 / (2 c_1^2) of the
                   coarse steps at the observed x_t, reduced as the log-probability is
@@ -543,17 +624,18 @@ def policy_loss(
     """
     ks = (1, *check_factors(factors))
     check_loss(rollout, advantages, form, clip, kl, reference, ks, term_weights, reduction, old)
+    check_place(rollout, form, u, factors, old)
     weights = term_weights or {k: 1.0 if k == 1 else 1 / len(factors) for k in ks}
 
     # Score every observed x_s again: one mean per x_t serves all members that left it.
-    transitions = rescore(velocity, rollout, factors)
+    transitions = transitions_of(velocity, rollout, factors, form, u)
     means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
     std_1 = transitions[1].std
     log_probs: dict[int, Tensor] = {}
     terms: dict[int, TermStatistics] = {}
     J = torch.zeros((), dtype=torch.float64, device=std_1.device)
     for k in ks:
-        p = transitions[k] if k == 1 or form == "paper" else matched(k, transitions, means_old)
+        p = scored(form, k, transitions, means_old, rollout)
         log_probs[k] = p.log_prob(rollout.x_s, reduction)
         log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
         term = clipped_surrogate(log_probs[k] - log_prob_old, advantages, clip)
@@ -565,7 +647,7 @@ def policy_loss(
     KL = torch.zeros((), dtype=torch.float64, device=std_1.device)
     if reference is not None:
         with torch.no_grad():
-            p_ref = rescore(reference, rollout, ())[1]
+            p_ref = transitions_of(reference, rollout, (), form, u)[1]
         mu = transitions[1].mean
         KL = (transitions[1].log_prob(mu, reduction) - p_ref.log_prob(mu, reduction)).mean()
 
@@ -573,7 +655,7 @@ def policy_loss(
         log_probs_old = {k: log_prob.detach() for k, log_prob in log_probs.items()}
         dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
         gap = (rollout.log_prob / dims - log_probs_old[1]).abs().max().item()
-        old = OldPolicy(means_old, log_probs_old, form, reduction, rollout, gap)
+        old = OldPolicy(means_old, log_probs_old, form, u, reduction, rollout, gap)
     return PolicyLoss(kl * KL - J, terms, KL.item(), old)
 
 
@@ -660,8 +742,8 @@ def check_loss(
         raise ValueError(f"advantages of shape {tuple(advantages.shape)}: must be {(P, N, G)}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
-    if form not in ("paper", "matched"):
-        raise ValueError(f"form={form!r}: must be 'paper' or 'matched'")
+    if form not in ("paper", "matched", "midpoint"):
+        raise ValueError(f"form={form!r}: must be 'paper', 'matched' or 'midpoint'")
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip={clip}: must be positive, or None not to clip")
     if not 0 <= kl < math.inf or (kl > 0) != (reference is not None):
@@ -680,3 +762,25 @@ def check_loss(
             given = f"old is of k = {sorted(old.log_probs)}, {old.form!r}, {old.reduction!r}"
             wanted = f"the same rollout, k = {list(ks)}, {form!r}, {reduction!r}"
             raise ValueError(f"{given}: must be of {wanted}")
+
+
+def check_place(
+    rollout: Rollout,
+    form: str,
+    u: float | Tensor,
+    factors: Sequence[int],
+    old: OldPolicy | None,
+) -> None:
+    """The midpoint stands alone, in the step, and stays where it was for all updates."""
+    if form != "midpoint":
+        return
+    if factors:
+        raise ValueError(f"factors={list(factors)}: must be empty with form='midpoint'")
+    if rollout.v is None:
+        raise ValueError("rollout.v=None: form='midpoint' needs the velocity kept while sampling")
+    place, batch = torch.as_tensor(u), rollout.x_t.shape[:3]
+    if place.shape not in [(), batch] or not bool(((place >= 0) & (place <= 1)).all()):
+        given = f"u of shape {tuple(place.shape)}, {place.min():g} to {place.max():g}"
+        raise ValueError(f"{given}: must be a number or {tuple(batch)}, from 0 to 1")
+    if old is not None and not torch.equal(torch.as_tensor(old.u), place):
+        raise ValueError("u: must be that of the first update on this rollout")

@@ -128,7 +128,8 @@ def iterate(
     total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
     advantages = pave.group_advantages(total)
 
-    parts = list(parts_of(rollout, advantages, o.update_batch))
+    u = 0.5 if o.place == "half" else pave.draw_places(generators, *rollout.x_t.shape[1:3])
+    parts = list(parts_of(rollout, advantages, o.update_batch, u))
     for _ in range(o.updates):
         optimizer.zero_grad()
         measured = []
@@ -141,6 +142,7 @@ def iterate(
                 part.advantages,
                 factors=o.factors,
                 form=o.form,
+                u=part.u,
                 clip=o.clip,
                 kl=o.kl,
                 reference=policy.reference_velocity(own) if o.kl else None,
@@ -169,10 +171,13 @@ class Part:
     advantages: Tensor
     prompts: slice  # of the rollout's
     share: float  # of the rollout's states: the weight of its mean in the mean
+    u: float | Tensor  # place of the midpoint form's evaluations in their steps
     old: pave.OldPolicy | None = None
 
 
-def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[Part]:
+def parts_of(
+    rollout: pave.Rollout, advantages: Tensor, batch: int, u: float | Tensor = 0.5
+) -> Iterator[Part]:
     """Cut into pieces of at most `batch` states x_t; 0: one piece.
 
     By prompts, within one by steps, within one by members. The loss is a mean over states or over
@@ -193,9 +198,11 @@ def parts_of(rollout: pave.Rollout, advantages: Tensor, batch: int) -> Iterator[
                     x_s=rollout.x_s[p, i, own],
                     log_prob=rollout.log_prob[p, i, own],
                     x_0=rollout.x_0[p, group, own],
+                    v=None if rollout.v is None else rollout.v[p, i, m],
                 )
                 share = x_t.shape[:3].numel() / (P * n * M)
-                yield Part(piece, advantages[p, group, own], p, share)
+                place = u[p, i, m] if isinstance(u, Tensor) else u
+                yield Part(piece, advantages[p, group, own], p, share, place)
 
 
 def slices(total: int, size: int) -> list[slice]:

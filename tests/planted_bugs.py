@@ -40,7 +40,7 @@ SUITES = {  # the fast subset that should notice a bug of each level of the core
     "transition": ("test_kernels.py", "test_decomposition.py"),
     "log_prob": ("test_kernels.py",),
     "advantages": ("test_advantages.py",),
-    "loss": ("test_loss.py",),
+    "loss": ("test_midpoint.py", "test_loss.py"),
     "sampler": ("test_sampler.py", "test_kernels.py"),
 }
 THIN = 4  # one bug of so many is planted by default

@@ -12,6 +12,7 @@ import torch
 from slow import SAMPLERS
 
 import pave_grpo as pave
+from zoo.oracle import theory
 from zoo.rewards import example
 from zoo.training.options import policy_of, process_of, prompts_of
 from zoo.training.prompts import generator_of
@@ -62,7 +63,7 @@ class Replay:
         o, policy = self.o, self.policy
         process = process_of(o, policy)
         steps = o.sde_steps
-        asked, noises = [], []
+        asked, noises, places = [], [], []
         for index in range(o.prompts_per_iteration):
             generator = generator_of(o.seed, iteration, index)
             asked.append(
@@ -72,6 +73,10 @@ class Replay:
             x_1 = torch.randn(starts, *policy.shape, generator=generator)
             z = torch.randn(len(steps), o.group_size, *policy.shape, generator=generator)
             noises.append((x_1, z))
+            states = o.group_size if o.rollouts == "independent" else 1
+            drawn = torch.rand(len(steps), states, generator=generator, dtype=torch.float64)
+            places.append(drawn if o.place == "uniform" else torch.full_like(drawn, 0.5))
+        self.places = torch.stack(places)
         noise = pave.Noise(*(torch.stack(part) for part in zip(*noises)))
         velocity = policy.velocity(asked)
         rollout = SAMPLERS[o.rollouts](velocity, process, noise, steps)
@@ -114,7 +119,7 @@ class Replay:
         """(loss, what was scored in the first update), with its metrics."""
         o = self.o
         ks = (1, *o.factors)
-        p = pave.rescore(velocity, rollout, o.factors)
+        p = self.rescored(velocity, rollout)
         means = {k: p[k].mean.detach() for k in ks}
         means_old = old[0] if old else means
         log_probs = {}
@@ -122,6 +127,10 @@ class Replay:
             scored = p[k]
             if k > 1 and o.form == "matched":
                 mean = means_old[1] + p[k].mean - means_old[k]
+                scored = pave.Transition(mean, p[1].std)
+            if o.form == "midpoint":
+                self.sampled = self.sampled if old else pave.rescore(velocity, rollout, ())[1]
+                mean = self.sampled.mean.detach() + p[1].mean - means_old[1]
                 scored = pave.Transition(mean, p[1].std)
             log_probs[k] = scored.log_prob(rollout.x_s, o.reduction)
             metrics[f"weight_{k}"] = ((p[1].std / scored.std) ** 2).mean().item()
@@ -147,7 +156,7 @@ class Replay:
         KL = torch.zeros(())
         if o.kl:
             with torch.no_grad():
-                wanted = pave.rescore(self.initial.velocity(asked), rollout, ())[1]
+                wanted = self.rescored(self.initial.velocity(asked), rollout)[1]
             apart = (p[1].mean - wanted.mean).flatten(3).double().square()
             summed = apart.sum(-1) / (2 * p[1].std ** 2)
             KL = (summed / (apart.shape[-1] if o.reduction == "mean" else 1)).mean()
@@ -155,6 +164,27 @@ class Replay:
         loss = o.kl * KL - J
         metrics["loss"] = loss.item()
         return loss, old
+
+    def rescored(self, velocity, rollout):
+        """p^(k); under the midpoint form k = 1 asks inside the step, along what sampled."""
+        if self.o.form != "midpoint":
+            return pave.rescore(velocity, rollout, self.o.factors)
+        record, grid = theory.of(self.o.kernel, self.o.eta), rollout.process.grid.tolist()
+        stds = torch.empty(rollout.x_t.shape[:3], dtype=torch.float64)
+        columns = []
+        for j, i in enumerate(rollout.sde_steps):
+            t, s = grid[i : i + 2]
+            column = []
+            for p in range(len(rollout.x_t)):
+                x, v_old, u = rollout.x_t[p, j], rollout.v[p, j], self.places[p, j]
+                wide = u.view(-1, *[1] * (x.ndim - 1)).to(x)
+                x_u, t_u = x - wide * (t - s) * v_old, (t - u * (t - s)).to(x)
+                v_u = velocity(x_u, t_u, torch.full((len(x),), p))
+                mean, std = record.step(x, v_u, t, s)
+                column.append(mean)
+                stds[p, j] = std
+            columns.append(torch.stack(column))
+        return {1: pave.Transition(torch.stack(columns, 1), stds)}
 
     @torch.no_grad()
     def step(self, gradient, rate):

@@ -194,6 +194,44 @@ def slow_loss(velocity, old, rollout, advantages, factors, form, clip, reduction
     return -torch.as_tensor(total, dtype=torch.float64) / A.numel()
 
 
+def slow_midpoint_loss(
+    velocity, old, rollout, advantages, u, clip, reduction, kl=0.0, reference=None
+):
+    """-J of E14's midpoint form, one member and one step at a time; u like rollout.x_t's batch.
+
+    N(mu_old + b (v_u - v_u_old), c^2 I), where v_u asks at x_t - u D v_old and t - u D.
+    """
+    A, total, KL = advantages.expand(rollout.x_s.shape[:3]), 0.0, 0.0
+    record = theory.of(rollout.process.kernel, rollout.process.eta)
+    for step in observations(rollout):
+        p, j, g = step.index
+        x, t, s = step.x_t, step.t, step.s
+        D_u = u[p, j, g % rollout.x_t.shape[2]].item() * (t - s)
+
+        def at(field, x, t, prompt=step.prompt):
+            return field(x, torch.tensor([t], dtype=x.dtype), prompt)
+
+        v_old = at(old, x, t).detach()
+        x_u = x - D_u * v_old
+        means = {f: record.step(x, at(f, x_u, t - D_u), t, s)[0] for f in (velocity, old)}
+        sampled, std = record.step(x, v_old, t, s)
+        mean = sampled + means[velocity] - means[old].detach()
+        log_ratio = Normal(mean, std).log_prob(step.x_s) - Normal(sampled, std).log_prob(step.x_s)
+        ratio = (log_ratio.sum() if reduction == "sum" else log_ratio.mean()).exp()
+        advantage = A[step.index].item()
+        term = ratio * advantage
+        if clip is not None and advantage > 0 and ratio > 1 + clip:
+            term = (1 + clip) * advantage
+        if clip is not None and advantage < 0 and ratio < 1 - clip:
+            term = (1 - clip) * advantage
+        total = total + term
+        if reference is not None:
+            wanted = record.step(x, at(reference, x_u, t - D_u), t, s)[0].detach()
+            apart = (means[velocity] - wanted).square() / (2 * std**2)
+            KL = KL + (apart.sum() if reduction == "sum" else apart.mean())
+    return (kl * KL - torch.as_tensor(total, dtype=torch.float64)) / A.numel()
+
+
 def slow_rollout(velocity, process, x_1, z, prompt):
     """x_0 and the observed {i: (x_t, x_s)} of one trajectory from x_1 [1, *event].
 

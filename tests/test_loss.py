@@ -621,7 +621,7 @@ def test_a_silent_group_stays_in_the_mean(mode):
 
 
 LOG_PROBS = dict.fromkeys((1, 2, 3), torch.zeros(2, 1, 4))
-OLD = pg.OldPolicy({}, LOG_PROBS, "paper", "mean", None, 0.0)
+OLD = pg.OldPolicy({}, LOG_PROBS, "paper", 0.5, "mean", None, 0.0)
 BAD = [
     (dict(advantages=torch.zeros(2, 4)), "advantages of shape (2, 4): must be (2, 1, 4)"),
     (dict(advantages=torch.zeros(2, 2, 4)), "advantages of shape (2, 2, 4): must be (2, 1, 4)"),

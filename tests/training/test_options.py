@@ -179,6 +179,7 @@ DEFAULTS = dict(
     rollouts="shared_anchor",
     own_start=False,
     form="paper",
+    place="half",
     reduction="mean",
     updates=1,
     clip=1e-4,
@@ -354,6 +355,7 @@ READ_ONLY = {  # an option given, the run that does not read it, the run that do
     "shift": ({"sigmas": "pipeline"}, {"sigmas": "shifted"}),
     "own_start": ({"rollouts": "shared_anchor"}, {"rollouts": "independent"}),
     "form": ({"factors": ()}, {"factors": (2,)}),
+    "place": ({"factors": ()}, {"factors": (), "form": "midpoint"}),
     "weight_decay": ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
     "decode_batch": ({"model": ""}, {"model": "x", "size": (8, 8)}),
 }
@@ -367,6 +369,13 @@ def test_an_option_that_is_not_read_is_refused(name, runs):
         command_line.check_alone(options.Options(**without), [name])
     command_line.check_alone(options.Options(**without), [])
     command_line.check_alone(options.Options(**reading), [name])
+
+
+def test_the_midpoint_form_takes_no_factors():
+    """With S it is refused in a line that says so, wherever S comes from."""
+    command_line.check_alone(options.Options(form="midpoint", factors=()), ["form"])
+    with pytest.raises(ValueError, match="or as midpoint with --factors of none"):
+        command_line.check_alone(options.Options(form="midpoint"), ["form"])
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -27,6 +27,9 @@ RUNS = [
     "--update-batch 2 --rollout-batch 5 --reward-batch 4 --eval-batch 4",
     "--optimizer sgd --lr 0.3 --max-grad-norm 1e-2 --rollouts independent --own-start --tune full "
     "--reduction sum --clip 0.2 --kl 0.1 --factors 3 --shift 2 --eta 0.4 --ema 0.5",
+    "--lr 1e-3 --factors --form midpoint --place uniform --kl 3 --clip 1e-4 --update-batch 1",
+    "--optimizer sgd --lr 0.3 --factors --form midpoint --rollouts independent --update-batch 2 "
+    "--kernel cps",
     "--optimizer sgd --lr 1 --factors --max-grad-norm inf --kernel dance --update-batch 1",
 ]
 

@@ -44,6 +44,7 @@ def compare(bench: Bench, kernel: str, steps: int = 8) -> list[dict[str, Any]]:
             x_s=rollout.x_s[:, j : j + 1],
             log_prob=rollout.log_prob[:, j : j + 1],
             x_0=rollout.x_0[:, j : j + 1],
+            v=None if rollout.v is None else rollout.v[:, j : j + 1],
         )
         one = Scene(scene.field, alone, scene.advantages[:, j : j + 1])
         t, s = rollout.process.grid[i : i + 2].tolist()

@@ -50,7 +50,11 @@ WITH_MODEL = Rule("with --model", lambda o: bool(o.model))
 WITH_LORA = Rule("with --tune lora", lambda o: o.tune == "lora")
 WITH_SHIFT = Rule("with --sigmas shifted", lambda o: o.sigmas == "shifted")
 WITH_CHAINS = Rule("with --rollouts independent", lambda o: o.rollouts == "independent")
-WITH_TERMS = Rule("with --factors of one number or more", lambda o: bool(o.factors))
+WITH_FORM = Rule(
+    "with --factors of one number or more, or as midpoint with --factors of none",
+    lambda o: bool(o.factors) != (o.form == "midpoint"),
+)
+WITH_MIDPOINT = Rule("with --form midpoint", lambda o: o.form == "midpoint")
 WITH_DECAY = Rule("with --optimizer adamw", lambda o: o.optimizer == "adamw")
 
 
@@ -223,9 +227,16 @@ class Options:
     own_start: bool = method(False, "every member starts from its own noise", only=WITH_CHAINS)
     form: str = method(
         "paper",
-        "density of the k-terms: the paper's, or matched to the one that sampled (E7)",
-        only=WITH_TERMS,
-        choices=("paper", "matched"),
+        "density of the k-terms: the paper's, or matched to the one that sampled (E7); midpoint: "
+        "no k-terms, one velocity inside the step (E14)",
+        only=WITH_FORM,
+        choices=("paper", "matched", "midpoint"),
+    )
+    place: str = method(
+        "half",
+        "where the midpoint form asks for its velocity: half a step in, or uniformly drawn",
+        only=WITH_MIDPOINT,
+        choices=("half", "uniform"),
     )
     reduction: str = method(
         "mean",
