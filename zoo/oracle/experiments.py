@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,12 @@ def update(
     rollout = pave.rollout_shared_anchor(field, process, pave.Noise(x_1, z))
     with torch.no_grad():
         old = pave.rescore(field, rollout, S)
-    moved = move(field, rollout, old, k, size)
+
+    def mean_of(theta: nn.Module) -> Tensor:
+        return pave.rescore(theta, rollout, S)[k].mean
+
+    gap = (old[1].mean - old[k].mean).flatten()
+    moved = move(field, mean_of, gap if k > 1 else torch.ones_like(gap), size)
 
     options: dict[str, Any] = dict(factors=S, form=form, reduction=reduction, clip=None)
     ones = torch.ones(1, 1, SAMPLES, dtype=bench.dtype, device=bench.device)
@@ -87,17 +92,15 @@ def widest_anchor(bench: Bench, name: str, kernel: str, k: int) -> Tensor:
 
 
 def move(
-    field: nn.Module, rollout: pave.Rollout, old: dict[int, pave.Transition], k: int, size: float
+    field: nn.Module, mean_of: Callable[[nn.Module], Tensor], towards: Tensor, size: float
 ) -> nn.Module:
-    """A copy of the field whose mu^(k) lies about `size` from old[k]'s, along the gap to mu^(1)."""
-    S = only(k)["factors"]
-    gap = (old[1].mean - old[k].mean).flatten() if k > 1 else torch.ones(fields.DIM).to(old[1].mean)
-    mean = pave.rescore(field, rollout, S)[k].mean
-    step = flat_gradient(mean.flatten() @ gap / gap.norm(), field)
+    """A copy of the field whose mean lies about `size` from the field's, towards a vector [d]."""
+    mean = mean_of(field)
+    step = flat_gradient(mean.flatten() @ towards / towards.norm(), field)
     scale = size / (step @ step).item()
     for _ in range(4):  # the mean is not linear in theta: correct the length of the step
-        new = pave.rescore(fields.shifted(field, scale * step), rollout, S)[k]
-        scale *= size / (new.mean - old[k].mean).norm().item()
+        new = mean_of(fields.shifted(field, scale * step))
+        scale *= size / (new - mean).norm().item()
     return fields.shifted(field, scale * step)
 
 
@@ -166,6 +169,19 @@ def straight_pull(theory: Theory, scene: Scene, k: int, step: int) -> Tensor:
     mean = straight_mean(theory, scene.field, x.flatten(0, 1), k, t, s).view(x.shape)
     A = scene.advantages.expand(rollout.x_s.shape[:3])[:, step]
     return (A[..., None] * (x_s - mean)).sum((0, 1))
+
+
+def straight_sum(theory: Theory, scene: Scene, k: int, name: str) -> Tensor:
+    """Along the k-term's gradient of all steps: the pulls, each by its d mu^(k)/d theta / c_k^2.
+
+    That is W_k times dv/d theta, which is 1 of a constant velocity and -1/t of data at a point.
+    """
+    grid, total = scene.rollout.process.grid.tolist(), torch.zeros(())
+    for j, i in enumerate(scene.rollout.sde_steps):
+        t, s = grid[i : i + 2]
+        slope = theory.weight_sum(k, t, s) * (1 if name == "constant" else -1 / t)
+        total = total + slope / theory.std(k, t, s) ** 2 * straight_pull(theory, scene, k, j)
+    return total
 
 
 # ---- Small steps (E6) ----------------------------------------------------------------------------
@@ -369,11 +385,12 @@ def group_estimates(
     for k in (1, *bench.factors):
         scales = [bench.theory(kernel).scale(k, grid[i], grid[i + 1]) for i in steps]
         rescaling = 1 / torch.tensor(scales, dtype=torch.float64).to(m)
-        for form in ("original",) if k == 1 else ("paper", "rescaled", "matched"):
+        for form in ("original", "standardised") if k == 1 else ("paper", "rescaled", "matched"):
+            A = pave.group_advantages(r) if form == "standardised" else scene.advantages
             loss = pave.policy_loss(
                 field,
                 rollout,
-                scene.advantages,
+                A,
                 form="matched" if form == "matched" else "paper",
                 clip=None,
                 reduction="sum",

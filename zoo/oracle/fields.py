@@ -315,3 +315,35 @@ def expected_estimate(
         credit = (x_s - scored) / (c_k if form == "paper" else c_1) ** 2
         total = total + (centred * credit * mu_k).sum()
     return torch.cat(torch.autograd.grad(total, [a, b]))
+
+
+def matched_policy_gradient(
+    process: Process, m: Tensor, log_q: Tensor, target: Tensor, sde_steps: Collection[int], k: int
+) -> Tensor:
+    """d E[-|x_0 - target|^2] / d (m, log_q) of the policy that the matched k-term scores, [2 d].
+
+    Its steps are N(mu^(1)_old + mu^(k)_theta - mu^(k)_old, c_1^2 I), affine in the state; others
+    are Euler steps of theta_old.
+    """
+    record, q = theory.of(process.kernel, process.eta), log_q.exp()
+    a, b = m.detach().requires_grad_(), log_q.detach().requires_grad_()
+
+    def held(x: Tensor, t: float) -> Tensor:
+        return gaussian_velocity(x, t, m, q)
+
+    def alive(x: Tensor, t: float) -> Tensor:
+        return gaussian_velocity(x, t, a, b.exp())
+
+    mean, var = torch.zeros_like(m), torch.ones_like(m)
+    for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
+        if i not in sde_steps:
+            mean, var = gaussian_law(process, m, q, mean, var, (), first=i, last=i + 1)
+            continue
+        _, c_1 = record.decomposed(held, mean, t, s, 1)
+        ends = []
+        for x in (mean, mean + 1):  # affine: the slope is a difference
+            moved = record.decomposed(alive, x, t, s, k)[0] - record.decomposed(held, x, t, s, k)[0]
+            ends.append(record.decomposed(held, x, t, s, 1)[0] + moved)
+        mean, gain = ends[0], ends[1] - ends[0]
+        var = gain**2 * var + c_1**2
+    return torch.cat(torch.autograd.grad(-(var + (mean - target) ** 2).sum(), [a, b]))

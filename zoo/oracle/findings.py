@@ -82,6 +82,18 @@ def joint(draws: Tensor, wanted: Tensor, effect: float) -> Finding:
     return Finding(judged(z, 2 * Z * widest, effect), error, 0.0, Z * widest, n, z)
 
 
+def direction_of(draws: Tensor, wanted: Tensor) -> Finding:
+    """Is the direction of a sample mean that of a vector? Draws [n, m]; the error is an angle's."""
+    mean = draws.mean(0)
+    spread = torch.cov(draws.T) / len(draws)
+    widest = (torch.linalg.eigvalsh(spread)[-1].sqrt() / mean.norm()).item()
+    error = (mean / mean.norm() - wanted / wanted.norm()).norm().item()
+    verdict = HOLDS if error <= Z * widest else REFUTED
+    return Finding(
+        INCONCLUSIVE if math.isnan(error) else verdict, error, 0.0, Z * widest, len(draws)
+    )
+
+
 def order(
     sizes: Sequence[float], errors: Sequence[float], predicted: float, margin: float = 0.1
 ) -> Finding:

@@ -68,8 +68,12 @@ def term_gradient(
 # ---- Attribution ---------------------------------------------------------------------------------
 
 
-def attribution(scene: Scene, k: int, form: str = "paper") -> Tensor:
-    """What policy_loss asks of mu^(k) at theta_old: the sum over members of A (x_s - mu)/std^2.
+def attribution(
+    scene: Scene, k: int, form: str = "paper", updated: nn.Module | None = None
+) -> Tensor:
+    """What policy_loss asks of mu^(k): the sum over members of ratio A (x_s - mu)/std^2.
+
+    At theta_old, where every ratio is 1, or at an updated theta.
 
     [P, n, 1|G, *event], read off the loss itself: mu^(k) ends in b_k v(x', t'), so that an offset
     of the velocity at the time t', and at no other, moves mu^(k) alone, by b_k times itself.
@@ -84,13 +88,16 @@ def attribution(scene: Scene, k: int, form: str = "paper") -> Tensor:
     offset = torch.zeros_like(rollout.x_t.flatten(0, 2)).requires_grad_()
 
     def velocity(x: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
-        v: Tensor = scene.field(x, time, prompt)
+        v: Tensor = (updated or scene.field)(x, time, prompt)
         here = (time - last_of_row).abs() < near
         return v.to(x) + pave.per_row(here, x) * offset
 
-    result = pave.policy_loss(
-        velocity, rollout, scene.advantages, form=form, reduction="sum", clip=None, **only(k)
-    )
+    how: dict[str, Any] = {"form": form, "reduction": "sum", "clip": None, **only(k)}
+    old = None
+    if updated is not None:
+        with torch.no_grad():
+            old = pave.policy_loss(scene.field, rollout, scene.advantages, **how).old
+    result = pave.policy_loss(velocity, rollout, scene.advantages, old=old, **how)
     pull = -torch.autograd.grad(result.loss, offset)[0].unflatten(0, batch)
     members = math.prod(rollout.x_s.shape[:3])  # the loss is a mean over them
     return members * pull / pave.per_row(b.view(1, -1, 1), pull)
@@ -127,6 +134,21 @@ def group_pull(scene: Scene, theory: Theory, k: int) -> Tensor:
     """sum_i A_i (x_s - mu^(k)) of every group, [P, n, *event]."""
     apart = scene.rollout.x_s - mean_by_definition(scene, theory, k)
     return (pave.per_row(scene.advantages.expand(apart.shape[:3]), apart) * apart).sum(2)
+
+
+@torch.no_grad()
+def updated_pull(scene: Scene, updated: nn.Module, theory: Theory, k: int, form: str) -> Tensor:
+    """sum_i ratio_i A_i (x_s - mu) of every group after an update, [P, n, d], d one axis."""
+    x_s, grid = scene.rollout.x_s, scene.rollout.process.grid.tolist()
+    scored = 1 if form == "matched" else k
+    old = mean_by_definition(scene, theory, scored)
+    new = mean_by_definition(scene._replace(field=updated), theory, k)
+    if form == "matched":
+        new = old + new - mean_by_definition(scene, theory, k)
+    stds = [theory.std(scored, grid[i], grid[i + 1]) for i in scene.rollout.sde_steps]
+    var = torch.tensor(stds, dtype=torch.float64).to(old).view(1, -1, 1) ** 2
+    A = scene.advantages * log_ratio(new, old, x_s, var).exp()
+    return (A[..., None] * (x_s - new)).sum(2)
 
 
 def gradient_by_definition(scene: Scene, theory: Theory, k: int, form: str) -> Tensor:

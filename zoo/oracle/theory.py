@@ -35,6 +35,11 @@ class Theory:
     gap_order: ClassVar[float]  # E6: |mu^(k) - mu^(1)|/c_1 falls as D to this power
     law_order: ClassVar[float]  # E11: the variance of samples converges as D to this power
 
+    @property
+    def start_order(self) -> float:
+        """E11: the same where sampling starts at t = 1."""
+        return self.law_order
+
     def __init__(self, eta: float):
         self.eta = eta
 
@@ -73,6 +78,22 @@ class Theory:
     def limit_variance(self, q: float) -> float:
         """Variance of samples of data of variance q as steps shrink, from t < 1 (E11)."""
         raise NotImplementedError
+
+    def centre_limit(self, k: int, t: float) -> float:
+        """The limit of tau_k / D as s -> t (E13)."""
+        raise NotImplementedError
+
+    def weights(self, k: int, t: float, s: float) -> list[float]:
+        """w_j of mu^(k) = a_k x_t + sum_j w_j v_j."""
+        last, d = last_start(k, t, s), (t - s) / k
+        a, _ = self.step(1.0, 0.0, last, s)
+        b, _ = self.step(0.0, 1.0, last, s)
+        return [-a * d] * (k - 1) + [b]
+
+    def centre(self, k: int, t: float, s: float) -> float:
+        """tau_k = d sum_j j w_j / sum_j w_j, how far into the step the weights lie (E13)."""
+        w, d = self.weights(k, t, s), (t - s) / k
+        return d * sum(j * w_j for j, w_j in enumerate(w)) / sum(w)
 
     def std(self, k: int, t: float, s: float) -> float:
         """c_k, the std of the last of k sub-steps."""
@@ -135,8 +156,17 @@ class EulerMaruyama(Theory):
 
     def gradient_limit(self, k: int, t: float) -> float:
         """sum w_j / b_1 in the limit."""
-        kappa = self.g2(t, t) * (1 - t) / (2 * t)
+        kappa = self.kappa(t)
         return (1 + kappa / k) / (1 + kappa)
+
+    def kappa(self, t: float) -> float:
+        """g^2 (1-t) / (2t): b = -(1 + kappa) D."""
+        return self.g2(t, t) * (1 - t) / (2 * t)
+
+    def centre_limit(self, k: int, t: float) -> float:
+        """k - 1 weights of D/k and one of (1 + kappa) D/k."""
+        kappa = self.kappa(t)
+        return (k - 1) * (k + 2 * kappa) / (2 * k * (k + kappa))
 
     def variance_after(self, t: float, s: float) -> float:
         """(t - D - g^2 D / 2t)^2 + g^2 D, since v = x/t and x1_hat = x/t."""
@@ -150,6 +180,11 @@ class EulerMaruyama(Theory):
 
 class FlowSDE(EulerMaruyama):
     """g^2 = eta^2 t/(1-t); at t = 1 the 1 - t below is 1 - s, s being the grid's second time."""
+
+    @property
+    def start_order(self) -> float:
+        """What the first steps leave decays by prod (1 - eta^2 D/(2(1-t)))^2 ~ D^(eta^2) only."""
+        return min(1.0, self.eta**2)
 
     def g2(self, t: float, s: float) -> float:
         return self.eta**2 * t / (1 - (t if t < 1 else s))
@@ -202,6 +237,10 @@ class CPS(Theory):
 
     def gradient_limit(self, k: int, t: float) -> float:
         return 1.0
+
+    def centre_limit(self, k: int, t: float) -> float:
+        """The last weight alone does not shrink with D: all of it is where v_{k-1} is."""
+        return (k - 1) / k
 
     def variance_after(self, t: float, s: float) -> float:
         """x0_hat = 0 and x1_hat = x/t: s^2 (cos^2 + sin^2)."""
