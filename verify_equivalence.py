@@ -138,8 +138,8 @@ def e1(bench: Bench) -> Measurements:
         return rollout.x_t, rollout.x_s, rollout.log_prob, rollout.x_0, scene.advantages
 
     for scene, where in bench.scenes("network", "embedded"):
-        before = [z.clone() for z in tensors(scene)]
-        for factors, form in (((), "paper"), (bench.factors, "paper"), (bench.factors, "matched")):
+        before, S = [z.clone() for z in tensors(scene)], bench.factors_on(where["fixture"])
+        for factors, form in (((), "paper"), (S, "paper"), (S, "matched")):
             result = pave.policy_loss(
                 scene.field, scene.rollout, scene.advantages, factors=factors, form=form
             )
@@ -606,7 +606,7 @@ def e9(bench: Bench) -> Measurements:
             pave.policy_loss,
             rollout=scene.rollout,
             advantages=scene.advantages,
-            factors=bench.factors,
+            factors=bench.factors_on(where["fixture"]),
         )
         free = flat_gradient(loss(scene.field, clip=None).loss, scene.field)
         tight = flat_gradient(loss(scene.field, clip=1e-9).loss, scene.field)
@@ -713,7 +713,7 @@ def e11(bench: Bench) -> Measurements:
         GRADIENTS,
         Clause(PARAMETERS, "one statistic of the rewards, whatever S is", ""),
     ),
-    Statement("independent", "so they do in independent rollouts", REFUTED, GRADIENTS),
+    Statement("independent", "also those of independent rollouts", REFUTED, GRADIENTS),
 )
 def e12(bench: Bench) -> Measurements:
     """With shared anchors, at theta_old and with advantages that sum to zero, a group's rewards
@@ -777,7 +777,7 @@ def e13(bench: Bench) -> Measurements:
 @claim(
     "E14",
     Statement("density", "midpoint: scored as it was sampled", HOLDS, "64 roundings x |x_s|/c"),
-    Statement("ratio", "mean ratio of an updated theta is 1", HOLDS, SAMPLED),
+    Statement("ratio", "its mean ratio after an update is 1", HOLDS, SAMPLED),
     Statement("held", "midpoint: dv at D/2, v_0 held, to D^2", CONVERGES, SLOPE),
     Statement("midpoint", "midpoint turns from the flow as D", CONVERGES, SLOPE),
     Statement("original", "the original does, too", CONVERGES, SLOPE),

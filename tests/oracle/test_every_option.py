@@ -239,7 +239,7 @@ def test_fresh_seeds_are_fresh_and_statistical(main, capsys):
     benches = [used for used, _ in seen.given("run")]
     assert [used.seed for used in benches] == [41, 42, 43]
     assert all((used.kernels, used.factors) == (("cps",), (4,)) for used in benches)
-    statistical = ["E3", "E7", "E10", "TRUTH", "MARGINAL"]
+    statistical = ["E3", "E7", "E10", "E14", "TRUTH", "MARGINAL"]
     assert all(names == statistical for _, names in seen.given("run"))
     (((counted, times)),) = seen.given("failure_rate")
     assert counted == rows[:1] * 3 and times == 3 and status == 0  # those with a z

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import verify_equivalence as oracle
-from zoo.oracle import bench, bugs, experiments, fields, measures
+from zoo.oracle import bench, bugs, experiments, fields, measures, quadrature, theory
 from zoo.oracle.claims import status_of
 from zoo.oracle.findings import INCONCLUSIVE
 
@@ -44,7 +45,22 @@ HOOKED = bugs.Patch(
     "    if J.requires_grad:\n        J.register_hook(lambda g: 1.01 * g)\n"
     "    return PolicyLoss(kl * KL - J, terms, KL.item(), old)",
 )
-PATCHES = {bug.name: bug for bug in (*bugs.BUGS, CHANGED, CHANGED_MATCHED, UNREPEATED, HOOKED)}
+OTHERS = bugs.Patch(
+    "asks another prompt",
+    "transition",
+    "",
+    "    v_0 = evaluate(velocity, x, t, prompt)",
+    "    v_0 = evaluate(velocity, x, t, prompt.flip(0))",
+)
+OTHERS_INSIDE = bugs.Patch(
+    "asks another prompt inside the step",
+    "loss",
+    "",
+    "evaluate(velocity, x_u, t - D_u, prompt)",
+    "evaluate(velocity, x_u, t - D_u, prompt.flip(0))",
+)
+OWN = (CHANGED, CHANGED_MATCHED, UNREPEATED, HOOKED, OTHERS, OTHERS_INSIDE)
+PATCHES = {bug.name: bug for bug in (*bugs.BUGS, *OWN)}
 
 # For each statement a bug that it must report, under flow_sde.
 SEEN_BY = {
@@ -55,6 +71,7 @@ SEEN_BY = {
     "E2.size": "coarse old",
     "E2.independent": "coarse old",
     "E2.clamped": "coarse old",
+    "E2.updated": "coarse old",
     "E3.ratio": "wrong state stored",
     "E3.ratio_formula": "wrong state stored",
     "E3.score": "wrong state stored",
@@ -66,6 +83,7 @@ SEEN_BY = {
     "E4.gap": "first coefficients",
     "E4.direction": "batch mean",
     "E4.independent": "first coefficients",
+    "E4.summed": "first coefficients",
     "E5.middle": "flow_sde: drift sign",
     "E5.start": "flow_sde: drift sign",
     "E5.end": "flow_sde: drift sign",
@@ -79,6 +97,7 @@ SEEN_BY = {
     "E7.attribution": "matched: fine std",
     "E7.gradient": "matched: live coarse mean",
     "E7.ratio": "wrong state stored",
+    "E7.updated": "matched: live coarse mean",
     "E8.equal": "std for variance",
     "E8.unequal": "batch mean",
     "E8.anew": "batch mean",
@@ -92,11 +111,25 @@ SEEN_BY = {
     "E11.formula": "flow_sde: no score",
     "E11.data": "flow_sde: no score",
     "E11.limit": "flow_sde: no score",
+    "E11.start": "flow_sde: drift sign",
+    "E12.identity": "first coefficients",
+    "E12.rank": "coarse old",
+    "E12.independent": "batch mean",
+    "E13.centre": "stale time",
+    "E13.midpoint": "stale time",
+    "E14.density": "midpoint: its own centre",
+    "E14.ratio": "midpoint: its own centre",
+    "E14.held": "midpoint: stale time",
+    "E14.midpoint": "asks another prompt inside the step",
+    "E14.original": "asks another prompt",
+    "E14.k_term": "asks another prompt",
+    "E14.second": "stale time",
     "TRUTH.original": "flow_sde: drift sign",
     "TRUTH.paper": "flow_sde: drift sign",
     "TRUTH.rescaled": "flow_sde: drift sign",
     "TRUTH.matched": "flow_sde: drift sign",
     "TRUTH.bias": "flow_sde: drift sign",
+    "TRUTH.standardised": "flow_sde: drift sign",
     "MARGINAL.mean": "flow_sde: drift sign",
     "MARGINAL.variance": "flow_sde: drift sign",
     "GRADIENT.forward": "scales gradients on their way back",
@@ -111,7 +144,7 @@ def broken(small):
     @functools.cache
     def made(claim, name):
         with pytest.MonkeyPatch.context() as patch:
-            for module in (oracle, bench, experiments, measures):
+            for module in (oracle, bench, experiments, measures, quadrature):
                 patch.setattr(module, "pave", bugs.patched(PATCHES[name]))
             return oracle.CLAIMS.run(small(["flow_sde"], (2,)), [claim])
 
@@ -139,9 +172,39 @@ def test_what_odes_add_is_refuted_only_where_they_do(small, monkeypatch):
     assert status_of([row for row in rows if row.statement == "TRUTH.held"]) == 1
 
 
+def left_end(field, x, t, s):
+    """A flow map of one Euler step: what the original's mean is, and no better."""
+    return x - (t - s) * measures.timed(field, torch.arange(len(x)))(x, t)
+
+
+def other_limit(record, k, t):
+    """Not the limit of tau_k / D."""
+    return 0.3
+
+
+def twice(process, m, log_q, target, steps, k):
+    """A gradient that is not the modified policy's own."""
+    return 2 * fields.policy_gradient(process, m, log_q, target, steps)
+
+
+APART = {  # statements on what does not come from the core, and what is put in its place
+    "E13.flow": (quadrature, "flow_map", left_end),
+    "E13.limit": (theory.FlowSDE, "centre_limit", other_limit),
+    "E15.own": (fields, "matched_policy_gradient", twice),
+}
+
+
+@pytest.mark.parametrize("statement", APART)
+def test_what_is_compared_apart_from_the_core_is_compared(statement, small, monkeypatch):
+    """Another flow map, another limit, another policy: each is reported."""
+    monkeypatch.setattr(*APART[statement])
+    rows = oracle.CLAIMS.run(small(["flow_sde"], (2,)), [statement.split(".")[0]])
+    assert status_of([row for row in rows if row.statement == statement]) == 1
+
+
 def test_no_statement_is_forgotten():
     """A new one needs a bug that it reports."""
-    named = {name.split(" ")[0] for name in SEEN_BY} | {"TRUTH.held"}
+    named = {name.split(" ")[0] for name in SEEN_BY} | {"TRUTH.held"} | APART.keys()
     assert named == set(oracle.CLAIMS.statements())
 
 

@@ -28,6 +28,7 @@ EXPECTED = {
     "E2.size": ("HHH", K, MODES[:1], ("paper",), THREE),
     "E2.independent": ("RRR", K, MODES[1:], ("paper",), THREE),
     "E2.clamped": ("RRR", K, MODES[:1], ("paper",), ("network",)),
+    "E2.updated": ("RRR", K, MODES[:1], ("paper",), ("network",)),
     "E3.ratio": ("RRR", K, ("either",), ("paper",), THREE),
     "E3.ratio_formula": ("HHH", K, ("either",), ("paper",), THREE),
     "E3.score": ("RRR", K, ("either",), ("paper",), THREE),
@@ -40,6 +41,7 @@ EXPECTED = {
     "E4.direction": ("HHH", K, MODES, ("matched",), STRAIGHT),
     "E4.direction ": ("HHH", K, MODES[:1], ("paper",), STRAIGHT),
     "E4.independent": ("RHR", K, MODES[1:], ("paper",), STRAIGHT),
+    "E4.summed": ("RHR", K, MODES[:1], ("paper",), STRAIGHT),
     "E5.middle": ("RHR", K, ("",), ("",), E5_STEPS[:1]),
     "E5.start": ("HHH", K, ("",), ("",), E5_STEPS[1:2]),
     "E5.end": ("RHH", K, ("",), ("",), E5_STEPS[2:]),
@@ -53,6 +55,7 @@ EXPECTED = {
     "E7.attribution": ("HHH", K, MODES, ("matched",), THREE),
     "E7.gradient": ("HHH", K, MODES, ("matched",), THREE),
     "E7.ratio": ("HHH", K, ("either",), ("matched",), TWO),
+    "E7.updated": ("RRR", K, MODES[:1], ("matched",), ("network",)),
     "E8.equal": ("HHH", K, ("either",), ("",), ("network",)),
     "E8.unequal": ("RRR", K, ("either",), ("",), ("network",)),
     "E8.anew": ("RRR", K, ("either",), ("",), ("network",)),
@@ -68,11 +71,28 @@ EXPECTED = {
     "E11.formula": ("HHH", NO_K, ("",), ("",), POINT_STEPS),
     "E11.data": ("HRH", NO_K, ("",), ("",), ("gaussian, from t = 0.9",)),
     "E11.limit": ("CCC", NO_K, ("",), ("",), ("gaussian, from t = 0.9",)),
+    "E11.start": ("CCC", NO_K, ("",), ("",), ("gaussian, from t = 1",)),
+    "E12.identity": ("HHH", NO_K, MODES[:1], ("paper",), TWO),
+    "E12.rank": ("HHH", NO_K, MODES[:1], ("paper",), TWO),
+    "E12.independent": ("RRR", NO_K, MODES[1:], ("paper",), TWO),
+    "E13.centre": ("CCC", K, ("either",), ("",), TWO),
+    "E13.limit": ("CCC", K, ("either",), ("",), TWO),
+    "E13.flow": ("CCC", NO_K, ("either",), ("",), TWO),
+    "E13.midpoint": ("RHR", (2,), ("either",), ("",), TWO),
+    "E14.density": ("HHH", NO_K, MODES, ("midpoint",), ("network",)),
+    "E14.ratio": ("HHH", NO_K, ("either",), ("midpoint",), TWO),
+    "E14.held": ("CCC", NO_K, ("either",), ("",), TWO),
+    "E14.midpoint": ("CCC", NO_K, ("either",), ("",), TWO),
+    "E14.original": ("CCC", NO_K, ("either",), ("",), TWO),
+    "E14.k_term": ("CCC", K, ("either",), ("",), TWO),
+    "E14.second": ("CCC", K, ("either",), ("",), TWO),
+    "E15.own": ("HHH", K, MODES[1:], ("matched",), ("gaussian",)),
     "TRUTH.original": ("HHH", (1,), MODES[1:], ("original",), ("gaussian",)),
     "TRUTH.paper": ("RRR", K, MODES[1:], ("paper",), ("gaussian",)),
     "TRUTH.rescaled": ("RRR", K, MODES[1:], ("rescaled",), ("gaussian",)),
     "TRUTH.matched": ("RRR", K, MODES[1:], ("matched",), ("gaussian",)),
     "TRUTH.bias": ("HHH", K, MODES[1:], ("paper", "rescaled", "matched"), ("gaussian",)),
+    "TRUTH.standardised": ("RRR", (1,), MODES[1:], ("",), ("gaussian",)),
     "TRUTH.held": ("-R-", (1,), MODES[1:], ("",), ("gaussian",)),  # cps alone holds a step back
     "MARGINAL.mean": ("HHH", NO_K, MODES, ("",), ("gaussian",)),
     "MARGINAL.variance": ("HHH", NO_K, MODES, ("",), ("gaussian",)),
@@ -123,7 +143,7 @@ def test_the_embedded_model_is_among_the_fixtures(monkeypatch):
     monkeypatch.setattr(Bench, "scenes", noted)
     bench, found = Bench(["cps"], (2,)), {}
     for name in oracle.CLAIMS:
-        if name not in ("TRUTH", "MARGINAL"):
+        if name not in ("E12", "E14", "TRUTH", "MARGINAL"):
             asked.clear()
             oracle.CLAIMS.run(bench, [name])
             if asked:
@@ -168,7 +188,7 @@ def test_the_default_bench_is_the_whole_report():
     assert (bench.seed, bench.dtype, bench.device.type) == (0, torch.float64, "cpu")
 
 
-@pytest.mark.parametrize("name", ["E3", "E10", "MARGINAL", "TRUTH"])
+@pytest.mark.parametrize("name", ["E3", "E10", "E14", "MARGINAL", "TRUTH"])
 def test_statistical_rows_say_how_many_samples_they_are_of(name, rows):
     """With fewer, the tolerances would be wider than the report says."""
     sizes = {row.n for row in rows if row.claim == name and row.z is not None}
@@ -193,6 +213,7 @@ def test_standard_errors_are_those_of_their_samples(rows):
         # 0.3 c_k^2/c_1 (E3), by c_1/2 (E7), by c_1 with the log divided by 6 dimensions (E10).
         "E3.ratio_formula": lambda c_1, c_k, row: row.predicted * lognormal_se(0.3**2),
         "E7.ratio": lambda c_1, c_k, row: lognormal_se(0.5**2),
+        "E14.ratio": lambda c_1, c_k, row: lognormal_se(0.5**2),
         "E10.ratio_formula": lambda c_1, c_k, row: row.predicted * lognormal_se(1 / 36),
     }
     variances = {}
@@ -220,6 +241,7 @@ WIDEST = {
     "E2.size": (2e-12, None),
     "E2.independent": (4e-12, 1e-9),
     "E2.clamped": (2e-12, 1e-9),
+    "E2.updated": (3e-13, 2e-6),
     "E3.ratio": (0.02, 0.2),
     "E3.ratio_formula": (0.02, None),
     "E3.score": (0.4, 0.2),
@@ -231,6 +253,7 @@ WIDEST = {
     "E4.gap": (3e-13, None),
     "E4.direction": (3e-12, None),
     "E4.independent": (3e-12, 2e-6),
+    "E4.summed": (3e-12, 2e-6),
     "E5.middle": (2e-14, 2e-6),
     "E5.start": (2e-14, None),
     "E5.end": (2e-14, 2e-6),
@@ -244,6 +267,7 @@ WIDEST = {
     "E7.attribution": (1e-11, None),
     "E7.gradient": (3e-12, None),
     "E7.ratio": (0.02, None),
+    "E7.updated": (3e-13, 2e-6),
     "E8.equal": (3e-12, None),
     "E8.unequal": (3e-12, 2e-6),
     "E8.anew": (3e-12, 2e-6),
@@ -257,11 +281,28 @@ WIDEST = {
     "E11.formula": (1e-14, None),
     "E11.data": (0.01, 0.05),
     "E11.limit": (0.1, None),
+    "E11.start": (0.1, None),
+    "E12.identity": (3e-12, None),
+    "E12.rank": (3e-12, None),
+    "E12.independent": (3e-12, 2e-6),
+    "E13.centre": (0.1, None),
+    "E13.limit": (0.1, None),
+    "E13.flow": (0.1, None),
+    "E13.midpoint": (0.01, 0.05),
+    "E14.density": (5e-13, None),
+    "E14.ratio": (0.02, None),
+    "E14.held": (0.1, None),
+    "E14.midpoint": (0.1, None),
+    "E14.original": (0.1, None),
+    "E14.k_term": (0.1, None),
+    "E14.second": (0.1, None),
+    "E15.own": (3e-11, None),
     "TRUTH.original": (0.06, None),
     "TRUTH.paper": (0.2, 0.6),
     "TRUTH.rescaled": (0.05, 0.2),
     "TRUTH.matched": (0.05, 0.6),
     "TRUTH.bias": (0.1, None),
+    "TRUTH.standardised": (0.05, 0.6),
     "TRUTH.held": (1e-12, 2e-6),
     "MARGINAL.mean": (0.02, None),
     "MARGINAL.variance": (0.02, None),
@@ -305,9 +346,10 @@ def test_the_matched_form_is_tested_with_advantages_of_any_mean(small, monkeypat
     """E7 holds for uncentred advantages too, where E2 needs them centred."""
     plain, means = oracle.attribution, []
 
-    def noted(scene, k, form="paper"):
-        means.append(scene.advantages.mean().item())
-        return plain(scene, k, form)
+    def noted(scene, k, form="paper", updated=None):
+        if updated is None:
+            means.append(scene.advantages.mean().item())
+        return plain(scene, k, form, updated)
 
     monkeypatch.setattr(oracle, "attribution", noted)
     oracle.CLAIMS.run(small(["cps"], (2,)), ["E7"])

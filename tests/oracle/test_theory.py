@@ -123,6 +123,20 @@ class WrongRate(Altered):
     law_order = 2 / 3
 
 
+class WrongStart(Altered):
+    start_order = 0.5
+
+
+class WrongCentre(Altered):
+    def centre_limit(self, k, t):
+        return 0.5
+
+
+class WrongWeightOf(Altered):
+    def weights(self, k, t, s):
+        return [*super().weights(k, t, s)[:-1], -(t - s) / k]
+
+
 class WrongStep(Altered):
     def step(self, x, v, t, s):
         mean, std = super().step(x, v, t, s)
@@ -146,6 +160,12 @@ WRONG = [
     (WrongVariance, "E11"),
     (WrongLaw, "E11"),
     (WrongRate, "E11"),
+    (WrongStart, "E11"),
+    (WrongCentre, "E13"),
+    (WrongCentre, "E14"),
+    (WrongWeightOf, "E13"),
+    (WrongWeightOf, "E14"),
+    (WrongScale, "E12"),
     (WrongStep, "E2"),
     (WrongStep, "E6"),
     (WrongStep, "TRUTH"),

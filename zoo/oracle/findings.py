@@ -19,7 +19,7 @@ from torch import Tensor
 
 HOLDS, CONVERGES, REFUTED, INCONCLUSIVE = "HOLDS", "CONVERGES", "REFUTED", "INCONCLUSIVE"
 FALSE_ALARM = 1e-6  # of a whole report, shared out equally (Bonferroni) over
-STATISTICS = 600  # the most statistical rows: 25 for a kernel and k, 7 more for a kernel
+STATISTICS = 600  # the most statistical rows: 25 for a kernel and k, 9 more for a kernel
 Z = -NormalDist().inv_cdf(FALSE_ALARM / STATISTICS / 2)  # two-sided: 6.0 standard errors
 
 

@@ -27,7 +27,7 @@ from zoo.oracle.measures import (
 )
 from zoo.oracle.theory import Theory
 
-ARMS, REWARDS = 4, 24  # sets of weights, and of advantages, of E12
+ARMS, REWARDS = 3, 12  # sets of weights, and of advantages, of E12
 
 
 # ---- One statistic (E12) -------------------------------------------------------------------------
