@@ -186,8 +186,19 @@ def test_the_failure_rate_counts_what_failed(rows):
     assert said.startswith(
         "2 of 5 statistical verdicts were wrong and 1 inconclusive, over 2 seeds"
     )
-    assert said.endswith("the registered rate is 2e-09 a verdict")
+    assert said.splitlines()[1] == "the registered rate is 2e-09 a verdict"
     assert "0 of 1 statistical" in report.failure_rate([good], 1)
+
+
+def test_the_failure_rate_says_how_large_errors_are(rows):
+    """The root mean square of z, by statement, of what is registered to hold."""
+    one = with_z(rows[0], 3.0, statement="E3.spread")
+    some = [one, replace(one, z=-4.0), replace(one, statement="E7.ratio", z=1.0)]
+    off = replace(one, registered=REFUTED, verdict=REFUTED, low=0.0, high=9.0, z=300.0)
+    said = report.failure_rate([*some, off], 1).splitlines()[2:]
+    wanted = "root mean square of z, 1 where standard errors are right: "
+    assert " ".join(said) == f"{wanted}E3.spread 3.54 of 2; E7.ratio 1.00 of 1"
+    assert len(report.failure_rate([off], 1).splitlines()) == 2
 
 
 def test_estimates_are_set_beside_the_truth(rows):

@@ -259,14 +259,31 @@ def vector(z: Sequence[float]) -> str:
 
 
 def failure_rate(rows: Sequence[Row], times: int) -> str:
-    """Of statistical rows under fresh seeds, in two lines."""
+    """Of statistical rows under fresh seeds, and how large their errors are in standard errors."""
     unclear = sum(row.verdict == INCONCLUSIVE for row in rows if not row.as_registered)
     wrong = sum(not row.as_registered for row in rows) - unclear
     seeds = f"{times} seed{'s' * (times > 1)}"
-    return (
+    lines = [
         f"{wrong} of {len(rows)} statistical verdicts were wrong and {unclear} inconclusive, over "
-        f"{seeds};\nthe registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict"
-    )
+        f"{seeds};",
+        f"the registered rate is {FALSE_ALARM / STATISTICS:.0e} a verdict",
+    ]
+    errors = calibration(rows)
+    if errors:
+        said = "; ".join(f"{name} {size:.2f} of {n}" for name, size, n in errors)
+        lines += wrapped(f"root mean square of z, 1 where standard errors are right: {said}")
+    return "\n".join(lines)
+
+
+def calibration(rows: Sequence[Row]) -> list[tuple[str, float, int]]:
+    """(statement, root mean square of z, rows) of what is registered to hold."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.z is not None and row.registered == HOLDS:
+            found.setdefault(row.statement, []).append(row.z)
+    return [
+        (name, math.sqrt(sum(z * z for z in zs) / len(zs)), len(zs)) for name, zs in found.items()
+    ]
 
 
 # ---- Files ---------------------------------------------------------------------------------------
