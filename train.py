@@ -19,7 +19,7 @@ resolution as they are. With it: LoRA, unless --preset says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +33,7 @@ import pave_grpo as pave
 from zoo.rewards import spec
 from zoo.training import costs, policies
 from zoo.training.command_line import parse
+from zoo.training.compare import Line, compare
 from zoo.training.draw import chunked
 from zoo.training.metrics import Metrics, measure, merge
 from zoo.training.options import (
@@ -72,7 +73,9 @@ def train(
         for iteration in bar:
             if any(ranks.gather(interrupt.noted)):
                 break
-            own = iterate(o, iteration, policy, rewards, data, optimizer, average, ranks)
+            due = o.compare_every and iteration % o.compare_every == 0
+            compared = run.compare if due else None
+            own = iterate(o, iteration, policy, rewards, data, optimizer, average, ranks, compared)
             metrics = merge(ranks.gather(own))
             run.log(iteration, {**metrics, "lr": float(rate.get_last_lr()[0])})
             rate.step()
@@ -108,8 +111,12 @@ def iterate(
     optimizer: torch.optim.Optimizer,
     average: policies.EMA | None,
     ranks: Ranks,
+    compared: Callable[[int, list[Line]], None] | None = None,
 ) -> Metrics:
-    """One iteration of Algorithm 1 on this rank's share of the prompts. Returns its metrics."""
+    """One iteration of Algorithm 1 on this rank's share of the prompts. Returns its metrics.
+
+    compared is told how the k-terms compare with the original, before the first update.
+    """
     process, steps = process_of(o, policy), stochastic_steps(o, policy)
     prompts, generators = data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))
 
@@ -128,6 +135,8 @@ def iterate(
     total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
     advantages = pave.group_advantages(total)
 
+    if compared is not None:
+        compared(iteration, compare(o, policy, prompts, rollout, advantages, parts_of, ranks))
     u = 0.5 if o.place == "half" else pave.draw_places(generators, *rollout.x_t.shape[1:3])
     parts = list(parts_of(rollout, advantages, o.update_batch, u))
     for _ in range(o.updates):

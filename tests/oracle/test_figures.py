@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal
 
-from zoo.oracle import draw_decomposition, figures, theory
+from zoo.oracle import draw_attribution, draw_decomposition, figures, theory
 from zoo.oracle.bench import ETA, Bench
 
 KERNELS = ("flow_sde", "cps")
@@ -171,3 +172,75 @@ def test_every_row_ends_at_the_observed_state_under_its_gaussian(monkeypatch, tm
         assert area == pytest.approx(0.9973, abs=1e-3)  # within 3 std
         assert density.max() == pytest.approx(1 / (std * math.sqrt(2 * math.pi)), rel=1e-3)
         assert (x[0] + x[-1]) / 2 == pytest.approx(mean)
+
+
+# ---- The drawn attribution -----------------------------------------------------------------------
+
+
+def test_the_drawn_modes_have_their_velocity():
+    """E[x_1 - x_0 | x_t]: each mode's conditional mean, weighed by its density at x_t."""
+    t, q = 0.6, draw_attribution.Q
+    x = torch.tensor([[0.3, -0.4], [1.2, 0.1]], dtype=torch.float64)
+    found = draw_attribution.velocity(x, torch.full((2,), t, dtype=torch.float64), None)
+    for row, v in zip(x, found):
+        total, wanted = 0.0, torch.zeros(2, dtype=torch.float64)
+        for m in draw_attribution.MODES:
+            mean, var = (1 - t) * m, (1 - t) ** 2 * q + t**2
+            density = Normal(mean, var**0.5).log_prob(row).sum().exp()
+            x_0 = m + (1 - t) * q / var * (row - mean)
+            x_1 = t / var * (row - mean)
+            total, wanted = total + density, wanted + density * (x_1 - x_0)
+        torch.testing.assert_close(v, wanted / total, rtol=0, atol=1e-12)
+
+
+def test_the_drawn_sums_are_what_the_groups_ask():
+    """Parallel from one anchor, as long as (c_1/c_k)^2; of their own trajectories apart."""
+    t, s = draw_attribution.GRID[1:3]
+    record = theory.of(draw_attribution.KERNEL, draw_attribution.ETA)
+    for mode in ("shared_anchor", "independent"):
+        group, turned = draw_attribution.sampled(mode), {}
+        for k in (1, 2, 3):
+            c_k, total = record.std(k, t, s), torch.zeros(2, dtype=torch.float64)
+            for i, A in enumerate(group.advantages):
+                x = group.x_t[i % len(group.x_t)][None]
+
+                def velocity(x, time):
+                    at = torch.tensor([time], dtype=torch.float64)
+                    return draw_attribution.velocity(x, at, None)
+
+                mean, std = record.decomposed(velocity, x, t, s, k)
+                total += A * (group.x_s[i] - mean[0]) / c_k**2 / 12
+                assert group.std[k] == pytest.approx(std)
+            torch.testing.assert_close(group.pull[k], total, rtol=1e-9, atol=1e-9)
+            turned[k] = (total / total.norm()) @ group.pull[1] / group.pull[1].norm()
+            if mode == "shared_anchor":
+                size = (total.norm() / group.pull[1].norm()).item()
+                assert size == pytest.approx(record.scale(k, t, s))
+        apart = [math.degrees(math.acos(min(1.0, turned[k].item()))) for k in (2, 3)]
+        assert max(apart) < 1e-5 if mode == "shared_anchor" else min(apart) > 10
+
+
+def test_the_sums_are_drawn_in_their_directions(monkeypatch, tmp_path):
+    """Three arrows below each group; the third panel has one, two and three states."""
+    seen, kept = [], {}
+    plain, canvas = draw_attribution.arrow, draw_attribution.style.canvas
+
+    def arrow(ax, start, step, colour, width, alpha):
+        if width > 2:
+            seen.append((ax, step))
+        plain(ax, start, step, colour, width, alpha)
+
+    def kept_canvas(*given):
+        kept["figure"] = canvas(*given)
+        return kept["figure"]
+
+    monkeypatch.setattr(draw_attribution, "arrow", arrow)
+    monkeypatch.setattr(draw_attribution.style, "canvas", kept_canvas)
+    draw_attribution.draw(tmp_path / "drawn.png")
+    for ax, mode in zip(kept["figure"].axes, ("shared_anchor", "independent")):
+        steps = [step for place, step in seen if place is ax]
+        pulls = draw_attribution.sampled(mode).pull.values()
+        for step, pull in zip(steps, pulls, strict=True):
+            torch.testing.assert_close(step / step.norm(), pull / pull.norm())
+    dots = [line for line in kept["figure"].axes[2].lines if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in dots] == [1, 2, 3]

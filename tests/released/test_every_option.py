@@ -57,6 +57,7 @@ EMBEDDED = {
     "heldout": ("8", 8),
     "eval_steps": ("2 1", ["1", "2"]),
     "eval_every": ("1", [0, 1, 2]),
+    "compare_every": ("2", [2] * 2),  # of two iterations the second, on two stochastic steps
     "eval_batch": ("4", {4}),
     "lr": ("0.01", 0.01),
     "warmup": ("4", [0.01 / 5, 0.02 / 5]),
@@ -183,8 +184,9 @@ def embedded(tmp_path_factory):
     out = folder / "somewhere" / "else"
     lines, summary = lines_of(out), json.loads((out / "summary.json").read_text())
     trained = [line for line in lines if "reward" in line]
+    compared = (out / "compare.jsonl").read_text()
     judged = [line for line in lines if "reward" not in line]
-    passes = spies.calls["policy_loss"]
+    passes = [call for call in spies.calls["policy_loss"] if call.term_weights is None]
     rollouts = [call.rollout for call in passes]
     (noise, *_), (adam,) = spies.calls["draw_noise"], spies.calls["AdamW"]
     networks = spies.calls["forward"]
@@ -215,14 +217,15 @@ def embedded(tmp_path_factory):
         "eta": {rollout.process.eta for rollout in rollouts},
         "rollouts": {rollout.x_0.shape[1] for rollout in rollouts},
         "own_start": noise.own_start,
-        "form": spies.values("policy_loss", "form"),
+        "form": spies.values("policy_loss", "form"),  # in what is compared, too
         "reduction": spies.values("policy_loss", "reduction"),
         "updates": len(passes),
-        "clip": spies.values("policy_loss", "clip"),
-        "kl": spies.values("policy_loss", "kl"),
+        "clip": {call.clip for call in passes},
+        "kl": {call.kl for call in passes},
         "heldout": (sum(drawn) - shown) / 5,  # by two numbers of steps, by one, by two
         "eval_steps": sorted(summary["heldout"]["after"]),
         "eval_every": [line["iteration"] for line in judged],
+        "compare_every": [json.loads(x)["iteration"] for x in compared.splitlines()],
         "eval_batch": set(drawn),
         "lr": adam.lr,
         "warmup": [line["lr"] for line in trained],

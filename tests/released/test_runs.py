@@ -229,3 +229,20 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_it(run, failing, done, monke
     assert summary["iterations"] == done and summary["interrupted"]
     assert list(Path("run/lora").iterdir())
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_adapters_are_compared_and_nothing_else_changes(name, run):
+    """Each k-term beside the original, under gradient checkpointing too; bit for bit the run."""
+    more = "--factors 2 3 --update-batch 1 --lr 0.01"
+    plain, weights = run(name, "plain", more)
+    told, compared = run(name, "compared", f"{more} --compare-every 1")
+    assert {**plain, "seconds": 0} == {**told, "seconds": 0}
+    assert all(torch.equal(weights[key], compared[key]) for key in weights)
+    text = Path("compared/compare.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(line["step"], line["k"]) for line in lines] == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    for line in lines:
+        assert line["group"] == pytest.approx(1, abs=1e-3) and 0 < line["cosine"] < 1
+        assert sum(share for _, share in line["share"]) == pytest.approx(1, abs=1e-5)
+    assert Path("compared/compare.png").is_file() and not Path("plain/compare.jsonl").exists()

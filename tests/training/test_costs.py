@@ -93,3 +93,24 @@ def test_a_judge_of_its_own_needs_no_warning():
     """One that is not ascended can tell whether pictures became better."""
     o = Options(model="x", reward=("a:b",), eval_reward=("a:b", "e:f"))
     assert "every judge" not in costs.describe(o, (1,), policy(1, 0, False), 4, 1, "cpu")
+
+
+def test_a_comparison_is_counted():
+    """Of 24 states, S = {2, 3}: 2 (1 + 2 + 3) evaluations with gradients, and 1 + 1 + 2 without."""
+    o = Options(
+        prompts_per_iteration=4,
+        group_size=3,
+        steps=5,
+        rollouts="independent",
+        compare_every=10,
+    )
+    (line,) = [
+        line
+        for line in costs.describe(o, (1, 3), policy(1, 0, False), 4, 1, "cpu").splitlines()
+        if "compared" in line
+    ]
+    assert line == (
+        "  every 10 iterations k-terms are compared with the original: 384 more velocity "
+        "evaluations, 288 of them with gradients; nothing else changes"
+    )
+    assert "compared" not in costs.describe(Options(), (1,), policy(1, 0, False), 4, 1, "cpu")

@@ -188,6 +188,7 @@ DEFAULTS = dict(
     heldout=512,
     eval_steps=(16, 8, 40),
     eval_every=0,
+    compare_every=0,
     eval_batch=128,
     lr=2e-4,
     warmup=15,
@@ -355,6 +356,7 @@ READ_ONLY = {  # an option given, the run that does not read it, the run that do
     "shift": ({"sigmas": "pipeline"}, {"sigmas": "shifted"}),
     "own_start": ({"rollouts": "shared_anchor"}, {"rollouts": "independent"}),
     "form": ({"factors": ()}, {"factors": (2,)}),
+    "compare_every": ({"factors": ()}, {"factors": (2,)}),
     "place": ({"factors": ()}, {"factors": (), "form": "midpoint"}),
     "weight_decay": ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
     "decode_batch": ({"model": ""}, {"model": "x", "size": (8, 8)}),
@@ -369,6 +371,18 @@ def test_an_option_that_is_not_read_is_refused(name, runs):
         command_line.check_alone(options.Options(**without), [name])
     command_line.check_alone(options.Options(**without), [])
     command_line.check_alone(options.Options(**reading), [name])
+
+
+def test_sharded_gradients_are_not_compared():
+    """--compare-every reads whole gradients: of a released model those of adapters."""
+    command_line.check_alone(
+        options.Options(model="x", size=(8, 8), tune="lora"), ["compare_every"]
+    )
+    command_line.check_alone(options.Options(tune="full"), ["compare_every"])
+    with pytest.raises(ValueError, match="without --tune full of a --model"):
+        command_line.check_alone(
+            options.Options(model="x", size=(8, 8), tune="full"), ["compare_every"]
+        )
 
 
 def test_the_midpoint_form_takes_no_factors():

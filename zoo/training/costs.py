@@ -120,6 +120,20 @@ def work(
         f"({per_trained(o.checkpointing)} forwards each){reference}{guided}",
         f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained "
         f"evaluations, {100 * more:.1f} % more forwards; no image, no reward",
+        *comparison(o, cost),
+    ]
+
+
+def comparison(o: Options, cost: Cost) -> list[str]:
+    """What --compare-every adds: each velocity of each term twice, and all of them once more."""
+    if not o.compare_every:
+        return []
+    terms = sum(2 * k for k in (1, *o.factors))
+    again = 1 + sum(k - 1 for k in o.factors)
+    return [
+        f"  every {plural(o.compare_every, 'iteration')} k-terms are compared with the original: "
+        f"{cost.states * (terms + again)} more velocity evaluations, {cost.states * terms} of them "
+        "with gradients; nothing else changes"
     ]
 
 

@@ -54,6 +54,10 @@ WITH_FORM = Rule(
     "with --factors of one number or more, or as midpoint with --factors of none",
     lambda o: bool(o.factors) != (o.form == "midpoint"),
 )
+WITH_GRADIENTS = Rule(
+    "with --factors of one number or more, and without --tune full of a --model",
+    lambda o: bool(o.factors) and not (o.model and o.tune == "full"),
+)
 WITH_MIDPOINT = Rule("with --form midpoint", lambda o: o.form == "midpoint")
 WITH_DECAY = Rule("with --optimizer adamw", lambda o: o.optimizer == "adamw")
 
@@ -276,6 +280,12 @@ class Options:
         "judge, with the first of --eval-steps, every so many iterations; 0: before and after only",
         NATURAL,
         released=50,
+    )
+    compare_every: int = judging(
+        0,
+        "compare k-terms with the original, on its rollouts, every so many iterations; 0: never",
+        NATURAL,
+        only=WITH_GRADIENTS,
     )
     eval_batch: int = judging(128, "held-out pictures drawn together", IN_FOURS, released=16)
 

@@ -108,13 +108,18 @@ class Ranks:
                 raise Stopped(message) from failed
         return value  # type: ignore[return-value]  # nothing failed
 
+    def mean(self, vector: torch.Tensor) -> torch.Tensor:
+        """The mean of the ranks' vectors, in place."""
+        if self.world > 1:
+            dist.all_reduce(vector)
+            vector /= self.world
+        return vector
+
     def average_gradients(self, tuned: Sequence[torch.nn.Parameter]) -> None:
         """The mean over ranks: equal shares of prompts make it the gradient of the global mean."""
-        if self.world > 1:
-            for p in tuned:
-                if p.grad is not None:  # None on every rank: no path leads there
-                    dist.all_reduce(p.grad)
-                    p.grad /= self.world
+        for p in tuned:
+            if p.grad is not None:  # None on every rank: no path leads there
+                self.mean(p.grad)
 
 
 def place() -> tuple[int, int, int]:

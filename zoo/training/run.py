@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 
+from zoo import style
 from zoo.rewards import spec as rewards
 from zoo.training import pictures, policies
+from zoo.training.compare import Line, draw_comparison
 from zoo.training.draw import draw_block
 from zoo.training.evaluate import judge_heldout
 from zoo.training.metrics import Metrics
@@ -41,7 +44,8 @@ class Interrupt:
 class Run:
     """The run folder, which only the first rank writes.
 
-    config.json, metrics.jsonl, before_after.png, curve.png, summary.json, and the weights.
+    config.json, metrics.jsonl, before_after.png, curve.png, summary.json, and the weights; with
+    --compare-every compare.jsonl and compare.png.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Run:
         self.began = time.perf_counter()
         self.folder = Path(o.out or free_folder(policy.name))
         self.lines: list[dict[str, Any]] = []
+        self.compared: list[Line] = []
         self.blocks: dict[str, pictures.Block] = {}
         self.summary: dict[str, Any] = {"heldout": {}, "heldout_family": {}, "diversity": {}}
         if ranks.leads:
@@ -80,6 +85,14 @@ class Run:
         if self.ranks.leads:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def compare(self, iteration: int, lines: Sequence[Line]) -> None:
+        """Append lines to compare.jsonl: each k-term beside the original."""
+        self.compared += [{"iteration": iteration, **line} for line in lines]
+        if self.ranks.leads:
+            with open(self.folder / "compare.jsonl", "a") as file:
+                for line in self.compared[len(self.compared) - len(lines) :]:
+                    file.write(json.dumps(line) + "\n")
 
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and what is drawn now."""
@@ -120,6 +133,9 @@ class Run:
         if leads:
             path, pairs = self.folder / "curve.png", self.o.heldout
             pictures.draw_curve(self.lines, self.first_judge, path, pairs=pairs)
+            if self.compared:
+                figure = draw_comparison(self.compared)
+                figure.savefig(self.folder / "compare.png", dpi=style.DPI)
             self.summarise(done, complete)
         self.ranks.gather(None)
 
