@@ -382,7 +382,12 @@ def test_links_lead_somewhere(name):
     for text, target in re.findall(r"\[([^\]]*)\]\(([^)]+)\)", TEXTS[name]):
         if target.startswith("https://"):
             continue
-        path = (ROOT / name).parent / target
+        file, _, heading = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+            anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{name}: {target}"
         assert path.is_file(), f"{name}: {target}"
         code = re.fullmatch(r"`([\w.]+)`", text)
         if path.suffix == ".py" and code and not target.endswith(code[1]):

@@ -14,14 +14,6 @@ def test_every_statement_has_its_proposition_and_the_other_way_round():
     assert sorted(found) == sorted(oracle.CLAIMS.statements())
 
 
-def test_links_within_the_page_lead_somewhere():
-    """Headings as GitHub anchors them."""
-    headings = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for link in re.findall(r"\]\(#([^)]+)\)", PAGE):
-        assert link in anchors, link
-
-
 def test_mathematics_is_closed():
     """Dollars come in pairs in every paragraph."""
     for paragraph in PAGE.split("\n\n"):

@@ -1,6 +1,6 @@
 """Draw what a group's rewards ask of mu^(k), in a real two-dimensional flow.
 
-    python -m zoo.oracle.draw_attribution docs/attribution_2d.png
+    python -m zoo.oracle.draw_attribution docs/asked.png
 
 The data are three narrow Gaussians, whose velocity is exact. Members are drawn by pave_grpo's
 rollouts, rewarded by how near they end to one of the three, and scored by its decomposition.

@@ -215,6 +215,8 @@ def draw_comparison(lines: Sequence[Line]) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for row in axes:
         row[2].yaxis.set_major_formatter(PercentFormatter(1.0))
+        low, high = row[2].get_ylim()
+        row[2].set_ylim(min(0.0, low), high + 0.6 * (high - min(0.0, low)))  # room for the legend
     axes[0][0].legend(fontsize=8, frameon=False)
     axes[0][2].legend(fontsize=8, frameon=False)
     return figure
