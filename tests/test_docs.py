@@ -169,6 +169,7 @@ MODULES = {  # how the modules that are programs are shortened
     "zoo.training.draw": lambda words: set_flags(words, {"--threads": "1"}),
     "zoo.training.pictures": lambda words: words,
     "zoo.oracle.draw_decomposition": lambda words: words,
+    "zoo.oracle.draw_attribution": lambda words: words,
     "pydoc": lambda words: words,
 }
 
