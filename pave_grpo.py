@@ -507,7 +507,9 @@ class OldPolicy(NamedTuple):
     u: float | Tensor
     reduction: str
     rollout: Rollout  # what they were computed for
-    sampling_gap: float  # max |log p(x_s|x_t) while sampling - in the first pass|
+    # max |log p(x_s|x_t) while sampling - in the first pass|; the midpoint form starts from the v
+    # that was kept while sampling, so that this compares the rollout with itself.
+    sampling_gap: float
 
 
 class PolicyLoss(NamedTuple):
@@ -617,7 +619,8 @@ def policy_loss(
     u             place of the midpoint's evaluation in the step, a number or [P, n, 1|G] in [0, 1]
     clip          > 0, or None; ratios of "mean" log-probabilities stay close to 1 (E10)
     reference     velocity of pi_ref, given where kl > 0: KL = |mu - mu_ref|^2 / (2 c_1^2) of the
-                  coarse steps at the observed x_t, reduced as the log-probability is
+                  coarse steps at the observed x_t, mu = a x_t + b v_u in the midpoint form,
+                  reduced as the log-probability is
     term_weights  {k: w_k}, each a number or [n], one per stochastic step; default 1 and 1/|S|
     old           .old of the first update on this rollout; None: this pass is theta_old, ratios 1
     The mean is over members, steps, prompts. ValueError where arguments do not fit together.
@@ -773,14 +776,18 @@ def check_place(
 ) -> None:
     """The midpoint stands alone, in the step, and stays where it was for all updates."""
     if form != "midpoint":
+        if isinstance(u, Tensor) or u != 0.5:
+            given = f"of shape {tuple(u.shape)}" if isinstance(u, Tensor) else f"{u}"
+            raise ValueError(f"u {given}: must be left out with form={form!r}, without a midpoint")
         return
     if factors:
         raise ValueError(f"factors={list(factors)}: must be empty with form='midpoint'")
     if rollout.v is None:
         raise ValueError("rollout.v=None: form='midpoint' needs the velocity kept while sampling")
     place, batch = torch.as_tensor(u), rollout.x_t.shape[:3]
-    if place.shape not in [(), batch] or not bool(((place >= 0) & (place <= 1)).all()):
-        given = f"u of shape {tuple(place.shape)}, {place.min():g} to {place.max():g}"
-        raise ValueError(f"{given}: must be a number or {tuple(batch)}, from 0 to 1")
+    if place.shape not in [(), batch]:
+        raise ValueError(f"u of shape {tuple(place.shape)}: must be a number or {tuple(batch)}")
+    if not bool(((place >= 0) & (place <= 1)).all()):
+        raise ValueError(f"u from {place.min():g} to {place.max():g}: must be from 0 to 1")
     if old is not None and not torch.equal(torch.as_tensor(old.u), place):
         raise ValueError("u: must be that of the first update on this rollout")

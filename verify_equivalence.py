@@ -362,11 +362,12 @@ def straight_gradients(bench: Bench, kernel: str, name: str) -> Measurements:
     A = bench.normal(*scene.advantages.shape, of="e4 A")
     scene = scene._replace(advantages=A - A.mean(-1, keepdim=True))
     coarse, pull = term_gradient(scene, 1), straight_sum(theory, scene, 1, name)
-    for k in bench.factors:
-        at = place(kernel=kernel, k=k, rollouts="shared_anchor", form="paper", fixture=name)
-        found = exact(turned(term_gradient(scene, k), coarse), 1e4 * bench.eps)
-        size = turned(straight_sum(theory, scene, k, name), pull).item()
-        yield Measured("summed", found, about(size), **at)
+    for form in ("paper", "matched"):
+        for k in bench.factors:
+            at = place(kernel=kernel, k=k, rollouts="shared_anchor", form=form, fixture=name)
+            found = exact(turned(term_gradient(scene, k, form), coarse), 1e4 * bench.eps)
+            size = turned(straight_sum(theory, scene, k, name, form), pull).item()
+            yield Measured("summed", found, about(size), **at)
 
 
 STEPS = {"middle": POINT, "start": (1.0, 0.8), "end": (0.3, 0.0)}
@@ -705,10 +706,10 @@ def e11(bench: Bench) -> Measurements:
 
 @claim(
     "E12",
-    Statement("identity", "ascent is c_1^-2 g^T sum w_k l_k J_k", HOLDS, GRADIENTS),
+    Statement("identity", "ascent is c_1^-2 y^T sum w_k l_k J_k", HOLDS, GRADIENTS),
     Statement(
         "rank",
-        "rewards speak through d numbers",
+        "rewards speak through one vector",
         HOLDS,
         GRADIENTS,
         Clause(PARAMETERS, "one statistic of the rewards, whatever S is", ""),
@@ -717,10 +718,10 @@ def e11(bench: Bench) -> Measurements:
 )
 def e12(bench: Bench) -> Measurements:
     """With shared anchors, at theta_old and with advantages that sum to zero, a group's rewards
-    enter every k-term through one vector, g = mean A x_s: the ascent direction is c_1^-2 g^T sum_k
+    enter every k-term through one vector, y = mean A x_s: the ascent direction is c_1^-2 y^T sum_k
     w_k (c_1/c_k)^2 J_k, with J_k = d mu^(k)/d theta. No S asks the rewards for more.
     """
-    # One group's gradients under random advantages and weights: the rank of all of them is d.
+    # One group's gradients under random advantages and weights: rank d, below G - 1.
     for kernel in bench.kernels:
         for name in ("network", "rapid"):
             for mode in MODES:
@@ -755,7 +756,8 @@ def e12(bench: Bench) -> Measurements:
 def e13(bench: Bench) -> Measurements:
     """A k-term is a rule of quadrature: over its weight W_k its Jacobian is that of the velocity
     tau_k into the step, to second order, where an ODE sampler's flow map has it at D/2 and the
-    original at 0. Under cps, k = 2 is the midpoint rule; under flow_sde and dance it falls short.
+    original at 0. In the limit of small steps k = 2 is the midpoint rule under cps; under flow_sde
+    and dance it falls short.
     """
     # Single steps as D shrinks, beside d v and d (Dv/Dt) at their start.
     for kernel in bench.kernels:
@@ -791,10 +793,11 @@ def e13(bench: Bench) -> Measurements:
     statistical=True,
 )
 def e14(bench: Bench) -> Measurements:
-    """Two rules of higher order. The midpoint form scores x_s under N(mu^(1)_old + b_1 (v_m -
-    v_m,old), c_1^2), v_m the velocity half a step along v_0, which is held: at theta_old that is
-    the density that sampled, and d v_m is the velocity's at D/2 but for what theta does to v_0.
-    Shares of J_k / W_k whose centres add up to D/2 follow the flow map to second order.
+    """The midpoint form, of first order like the original, and weights of second order. The form
+    scores x_s under N(mu^(1)_old + b_1 (v_m - v_m,old), c_1^2), v_m the velocity half a step along
+    v_0, which is held: at theta_old that is the density that sampled, and d v_m is the velocity's
+    at D/2 but for what theta does to v_0. Shares of J_k / W_k whose centres add up to D/2 follow
+    the flow map to second order.
     """
     # 1 - cosine falls as the square of a turn: as D^2 where this says D, as D^4 where it says D^2.
     for kernel in bench.kernels:

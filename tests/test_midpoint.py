@@ -119,10 +119,13 @@ FIELD = slow.network(8)
 ROLLOUT = slow.roll("shared_anchor", FIELD, pg.Process(pg.schedule(4)), steps=(0, 1))
 REFUSED = {
     "factors": ({"factors": (2,)}, "factors"),
-    "above": ({"u": 1.5}, "u of shape"),
-    "below": ({"u": -0.1}, "u of shape"),
-    "not a number": ({"u": float("nan")}, "u of shape"),
+    "above": ({"u": 1.5}, "u from"),
+    "below": ({"u": -0.1}, "u from"),
+    "not a number": ({"u": float("nan")}, "u from"),
     "another shape": ({"u": torch.zeros(2, 1, 1)}, "u of shape"),
+    "no place": ({"u": torch.zeros(0)}, "u of shape"),
+    "another form": ({"form": "paper", "u": 0.25}, "u 0.25: must be left out"),
+    "another form of many": ({"form": "matched", "u": torch.full((2, 2, 1), 0.5)}, "must be left"),
     "no velocity": ({}, "rollout.v"),
 }
 

@@ -169,7 +169,7 @@ def test_straight_sums_weigh_every_step():
     bench = Bench(["flow_sde"], (2,))
     for name in ("constant", "point"):
         scene = bench.scene(name, "flow_sde", "shared_anchor")
-        for k in (1, 2):
-            pull = experiments.straight_sum(bench.theory("flow_sde"), scene, k, name)
-            found = measures.term_gradient(scene, k)
+        for k, form in ((1, "paper"), (2, "paper"), (2, "matched")):
+            pull = experiments.straight_sum(bench.theory("flow_sde"), scene, k, name, form)
+            found = measures.term_gradient(scene, k, form)
             assert measures.turned(pull, -found).item() < 1e-12

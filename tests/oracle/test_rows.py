@@ -41,7 +41,7 @@ EXPECTED = {
     "E4.direction": ("HHH", K, MODES, ("matched",), STRAIGHT),
     "E4.direction ": ("HHH", K, MODES[:1], ("paper",), STRAIGHT),
     "E4.independent": ("RHR", K, MODES[1:], ("paper",), STRAIGHT),
-    "E4.summed": ("RHR", K, MODES[:1], ("paper",), STRAIGHT),
+    "E4.summed": ("RHR", K, MODES[:1], ("paper", "matched"), STRAIGHT),
     "E5.middle": ("RHR", K, ("",), ("",), E5_STEPS[:1]),
     "E5.start": ("HHH", K, ("",), ("",), E5_STEPS[1:2]),
     "E5.end": ("RHH", K, ("",), ("",), E5_STEPS[2:]),

@@ -171,7 +171,7 @@ def straight_pull(theory: Theory, scene: Scene, k: int, step: int) -> Tensor:
     return (A[..., None] * (x_s - mean)).sum((0, 1))
 
 
-def straight_sum(theory: Theory, scene: Scene, k: int, name: str) -> Tensor:
+def straight_sum(theory: Theory, scene: Scene, k: int, name: str, form: str = "paper") -> Tensor:
     """Along the k-term's gradient of all steps: the pulls, each by its d mu^(k)/d theta / c_k^2.
 
     That is W_k times dv/d theta, which is 1 of a constant velocity and -1/t of data at a point.
@@ -180,7 +180,9 @@ def straight_sum(theory: Theory, scene: Scene, k: int, name: str) -> Tensor:
     for j, i in enumerate(scene.rollout.sde_steps):
         t, s = grid[i : i + 2]
         slope = theory.weight_sum(k, t, s) * (1 if name == "constant" else -1 / t)
-        total = total + slope / theory.std(k, t, s) ** 2 * straight_pull(theory, scene, k, j)
+        scored = 1 if form == "matched" else k
+        pull = straight_pull(theory, scene, scored, j)
+        total = total + slope / theory.std(scored, t, s) ** 2 * pull
     return total
 
 

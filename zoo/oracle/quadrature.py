@@ -52,7 +52,7 @@ def one_group(scene: Scene, step: int) -> Scene:
 class OneStatistic(NamedTuple):
     """What the group's rewards can say, seen in ARMS sets of weights at once."""
 
-    error: float  # of the gradient against c_1^-2 g^T sum_k w_k lambda_k J_k, relative
+    error: float  # of the gradient against c_1^-2 y^T sum_k w_k lambda_k J_k, relative
     beyond: float  # singular value d + 1 of REWARDS gradients, over the first
     predicted: float  # the same of gradients by definition
 
@@ -69,7 +69,7 @@ def one_statistic(bench: Bench, scene: Scene, kernel: str) -> OneStatistic:
     for i in range(REWARDS):
         A = bench.normal(1, 1, G, of=("e12", i))
         one = alone._replace(advantages=A - A.mean(-1, keepdim=True))
-        g = (one.advantages[..., None] * rollout.x_s).mean(2, keepdim=True)
+        y = (one.advantages[..., None] * rollout.x_s).mean(2, keepdim=True)
         arms, by_definition = [], []
         for row in weights:
             w = dict(zip(ks, row.tolist(), strict=True))
@@ -85,7 +85,7 @@ def one_statistic(bench: Bench, scene: Scene, kernel: str) -> OneStatistic:
             arms.append(-flat_gradient(loss, field))
             lam = {k: theory.scale(k, t, s) for k in ks}
             if rollout.x_t.shape[2] == 1:
-                pushed = sum(w[k] * lam[k] * (g * means[k]).sum() for k in ks)
+                pushed = sum(w[k] * lam[k] * (y * means[k]).sum() for k in ks)
                 direction = flat_gradient(pushed / theory.std(1, t, s) ** 2, field)
                 errors.append(((arms[-1] - direction).norm() / direction.norm()).item())
             else:

@@ -8,11 +8,12 @@ A line of compare.jsonl is of one stochastic step and one k of S:
     cosine      of the two
     member      cosine of the members' attributions A (x_s - mu) / std^2, the mean over members
     group       cosine of the groups' attributions, the least over groups
-    weight      (c_1 / std scored)^2, the scale of the k-term's attribution (E2)
+    weight      (c_1 / std scored)^2, the scale of the k-term's attribution by E2
     share       [time, part]: the k-term's gradient by the velocities it passes through, projected
                 on the whole; parts add up to 1
 
-null stands where a gradient is zero. Gradients are of what is trained, in the run's form and
+In the matched form member, group and weight are 1 by construction. null stands where a gradient is
+zero. Gradients are of what is trained, in the run's form and
 reduction, without clip and KL, and means over ranks. Nothing of the run is changed.
 """
 
