@@ -205,10 +205,10 @@ def second_order_share(theory: Theory, k: int, t: float, s: float) -> float:
 
 
 def turns(bench: Bench, kernel: str, name: str, k: int) -> Turns:
-    """D = 2^-6 .. 2^-9 from t = 0.7, for one k."""
+    """D = 2^-9 .. 2^-12 from t = 0.7, for one k."""
     theory, field, t = bench.theory(kernel), bench.fixture(name).field, 0.7
     x, u = states(bench)
-    found = Turns([2.0**-i for i in (6, 7, 8, 9)], [], [], [], [])
+    found = Turns([2.0**-i for i in (9, 10, 11, 12)], [], [], [], [])
     for D in found.D:
         s = t - D
         p = one_step(field, kernel, x, t, s, (k,))
