@@ -540,27 +540,33 @@ def rescore(velocity: Velocity, rollout: Rollout, factors: Sequence[int]) -> dic
     return {k: p.unflatten(rollout.x_t.shape[:3]) for k, p in transitions.items()}
 
 
+def kept_velocity(rollout: Rollout) -> Tensor:
+    """v_old(x_t, t) of every row [B, *event]. Raises ValueError for a rollout that kept none."""
+    if rollout.v is None:
+        raise ValueError("rollout.v=None: form='midpoint' needs the velocity kept while sampling")
+    return rollout.v.flatten(0, 2)
+
+
 def midpoint(velocity: Velocity, rollout: Rollout, u: float | Tensor = 0.5) -> Transition:
     """N(a x_t + b v_u, c_1^2 I), v_u = v(x_t - u D v_old, t - u D): one evaluation a state (E14).
 
     v_old is the rollout's, so that where the velocity is asked for does not depend on theta. u = 0
-    is the step as it was sampled. Shapes as `rescore`; u a number or [P, n, 1|G] in [0, 1].
+    is the step as it was sampled. Shapes as `rescore`; u a number or [P, n, 1|G] in [0, 1]. Raises
+    ValueError for a rollout that kept no velocity.
     """
-    assert rollout.v is not None
     x, t, s, prompt = rows_of(rollout)
     batch = rollout.x_t.shape[:3]
     place = torch.as_tensor(u, dtype=torch.float64, device=x.device).expand(batch).flatten()
     D_u = place * (t - s)
-    x_u = x - per_row(D_u, x) * rollout.v.flatten(0, 2)
+    x_u = x - per_row(D_u, x) * kept_velocity(rollout)
     v_u = evaluate(velocity, x_u, t - D_u, prompt)
     return rollout.process.transition(x, v_u, t, s).unflatten(batch)
 
 
 def sampled(rollout: Rollout) -> Transition:
     """N(a x_t + b v_old, c_1^2 I), the density that x_s was drawn from. Shapes as `rescore`."""
-    assert rollout.v is not None
     x, t, s, _ = rows_of(rollout)
-    p = rollout.process.transition(x, rollout.v.flatten(0, 2), t, s)
+    p = rollout.process.transition(x, kept_velocity(rollout), t, s)
     return p.unflatten(rollout.x_t.shape[:3])
 
 
@@ -782,8 +788,7 @@ def check_place(
         return
     if factors:
         raise ValueError(f"factors={list(factors)}: must be empty with form='midpoint'")
-    if rollout.v is None:
-        raise ValueError("rollout.v=None: form='midpoint' needs the velocity kept while sampling")
+    kept_velocity(rollout)  # there must be one
     place, batch = torch.as_tensor(u), rollout.x_t.shape[:3]
     if place.shape not in [(), batch]:
         raise ValueError(f"u of shape {tuple(place.shape)}: must be a number or {tuple(batch)}")

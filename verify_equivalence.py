@@ -16,11 +16,10 @@ branch from one state ("shared anchors"), or are trajectories of their own ("ind
 c_1^2). On a straight flow the velocity is constant along every path of its ODE, for every theta.
 
 Claims E1 to E15 are tested on velocity fields with a known answer and on networks
-(zoo/oracle/fields.py), TRUTH, MARGINAL and GRADIENT against closed forms; docs/THEORY.md proves
-them. Each claim stands here in
-one place: its sentence; its statements, each with the verdict that is registered before anything is
-measured; and the test. What is registered as refuted must differ by a size that theory gives it, or
-that was observed before, where the code says so.
+(zoo/oracle/fields.py), TRUTH, MARGINAL and GRADIENT against closed forms; docs/THEORY.md has the
+proofs. Each claim stands here in one place: its sentence; its statements, each with the verdict
+that is registered before anything is measured; and the test. What is registered as refuted must
+differ by a size that theory gives it, or that was observed before, where the code says so.
 
     HOLDS          both sides agree to a tolerance that is derived: rounding, or Z standard errors
     CONVERGES      they agree in the limit of small steps D; the error vanishes as the power printed
@@ -502,8 +501,6 @@ def e7(bench: Bench) -> Measurements:
     With summed log-probabilities its mean ratio is 1 for every theta; its attribution is the
     original's no more once theta has moved.
     """
-    # Proof: at theta_old, N(mu^(1)_old + mu^(k) - mu^(k)_old, c_1^2) is N(mu^(1), c_1^2), which
-    # sampled. Hence its d log p / d mean is the original's, and d mean = d mu^(k).
     for scene, where in bench.scenes("gaussian", "network", "rapid", "embedded"):
         uncentred = scene._replace(advantages=scene.advantages + 0.5)
         coarse = attribution(uncentred, 1)

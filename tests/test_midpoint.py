@@ -141,6 +141,12 @@ def test_what_does_not_fit_is_refused(case):
     assert not counted.t and "\n" not in str(refused.value)
 
 
+def test_a_rollout_without_velocities_has_no_midpoint():
+    """Whoever asks for it directly is told in one line, too."""
+    with pytest.raises(ValueError, match=r"rollout\.v=None"):
+        pg.midpoint(FIELD, ROLLOUT._replace(v=None))
+
+
 def test_the_place_stays_for_all_updates():
     """An old policy of another place is refused."""
     A = slow.some_advantages(ROLLOUT)
