@@ -1,0 +1,65 @@
+"""The evidence of docs/EVIDENCE.md, made anew.
+
+python -m zoo.study train                 Study B: hours; goes on where it stopped
+python -m zoo.study train --plan quick    the same in half a minute, which shows nothing
+python -m zoo.study train --plan gpu      16 steps and more seeds, on a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.study import training
+from zoo.study.plan import PLANS
+
+RESULTS = Path("zoo/study/results")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for. Bad input, or a run that fails: one line, status 2."""
+    parser = argparse.ArgumentParser(
+        "python -m zoo.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    command_train(commands.add_parser("train", help="Study B"))
+    options = parser.parse_args(argv)
+    try:
+        options.do(options)
+    except (ValueError, OSError, training.Failed) as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
+
+
+def command_train(parser: argparse.ArgumentParser) -> None:
+    """The options of Study B."""
+    add = parser.add_argument
+    add("--plan", choices=tuple(PLANS), default="laptop", help="default: %(default)s")
+    add("--out", type=Path, help="file of JSON lines; default: zoo/study/results/train-PLAN.jsonl")
+    add("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads of each (default: %(default)s)")
+    add("--stages", type=int, help="the first so many stages of the plan (default: all)")
+    parser.set_defaults(do=do_train)
+
+
+def do_train(options: argparse.Namespace) -> None:
+    """Run what is missing of Study B."""
+    plan = PLANS[options.plan]
+    stages = len(plan.stages) if options.stages is None else options.stages
+    for name, value, most in (
+        ("--workers", options.workers, 1024),
+        ("--threads", options.threads, 1024),
+        ("--stages", stages, len(plan.stages)),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} {value}: must be from 1 to {most}")
+    path = options.out or RESULTS / f"train-{plan.name}.jsonl"
+    training.study(plan, path, options.workers, options.threads, stages)
+
+
+if __name__ == "__main__":
+    main()

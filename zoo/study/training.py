@@ -1,0 +1,185 @@
+"""Study B: every arm of a plan trained and judged, each run a program of its own.
+
+A run is `python train.py`, judged by `python -m zoo.training.evaluate`. What has finished is a line
+of a file of JSON lines; a study that is started again does what is missing. Lines of one plan only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zoo.shapes.model import CHECKPOINT
+from zoo.study.plan import Arm, Plan, Run, chosen
+
+ROOT = Path(__file__).parents[2]
+Line = dict[str, Any]
+
+# glibc keeps its heap instead of giving pages back and asking for them again: the same numbers, a
+# quarter sooner.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+
+
+class Failed(Exception):
+    """A run that ended otherwise than it should; its last line says why."""
+
+
+def command_of(plan: Plan, run: Run, threads: int) -> list[str]:
+    """The flags of train.py for a run. Its own judging is cut down: evaluate judges instead."""
+    own = ["--seed", str(run.seed), "--lr", str(run.lr), "--threads", str(threads)]
+    unused = ["--heldout", "4", "--eval-steps", str(min(plan.eval_steps))]
+    return [*plan.flags, *plan.arm(run.arm).flags, *own, *unused]
+
+
+def program(arguments: Sequence[str], threads: int) -> str:
+    """What a program of this repository prints. Raises Failed for a status other than 0."""
+    environment = {**os.environ, **HEAP, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise Failed(f"{shlex.join(arguments)}: {''.join(said)}")
+    return done.stdout
+
+
+def judged(plan: Plan, checkpoint: Path, steps: Sequence[int], threads: int) -> Line:
+    """What zoo.training.evaluate says of a checkpoint."""
+    flags = ["--heldout", str(plan.heldout), "--threads", str(threads)]
+    if "cuda" in plan.flags:
+        flags += ["--device", "cuda"]
+    steps_flag = ["--eval-steps", *map(str, steps)]
+    module = ["-m", "zoo.training.evaluate", str(checkpoint)]
+    found: Line = json.loads(program([*module, *flags, *steps_flag], threads))
+    return found
+
+
+def execute(plan: Plan, run: Run, threads: int) -> Line:
+    """Train and judge; the line of a finished run."""
+    steps = plan.eval_steps[:1] if run.role == "search" else plan.eval_steps
+    command = command_of(plan, run, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        program(["train.py", *command, "--out", str(out)], threads)
+        summary = json.loads((out / "summary.json").read_text())
+        config = json.loads((out / "config.json").read_text())
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found = judged(plan, out / "checkpoint.safetensors", steps, threads)
+    rewards = [line["reward"] for line in metrics if "reward" in line]
+    return {
+        "plan": plan.name,
+        **vars(run),
+        **found,
+        "rewards": rewards,
+        "seconds": summary["seconds"],
+        "device": summary["device"],
+        "versions": summary["versions"],
+        "commit": commit(),
+        "command": shlex.join(["python", "train.py", *command]),
+        "config": {name: value for name, value in config.items() if name != "out"},
+    }
+
+
+def before(plan: Plan, threads: int) -> Line:
+    """The line of the shipped model, which is where every run starts."""
+    return {
+        "plan": plan.name,
+        "role": "before",
+        **judged(plan, CHECKPOINT, plan.eval_steps, threads),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, with -dirty if it differs; "" outside a repository."""
+    told = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def read(path: Path, plan: Plan) -> list[Line]:
+    """The lines of a plan. Raises ValueError for a line of another plan."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for line in lines:
+        if line["plan"] != plan.name:
+            raise ValueError(f"{path}: is of the plan {line['plan']!r}, must be of {plan.name!r}")
+    return lines
+
+
+def key(line: Line) -> Run:
+    """The run a line is of."""
+    return Run(line["role"], line["arm"], line["lr"], line["seed"])
+
+
+def rate(plan: Plan, arm: Arm, lines: Sequence[Line]) -> float:
+    """The arm's rate by the search. Raises ValueError where that is not complete."""
+    owner = plan.arm(arm.rate_of) if arm.rate_of else arm
+    steps = str(plan.eval_steps[0])
+    scores = [
+        (line["lr"], line["heldout"][steps][plan.outcome])
+        for line in lines
+        if (line["role"], line.get("arm")) == ("search", owner.name)
+    ]
+    return chosen(plan, owner, scores)
+
+
+def study(plan: Plan, path: Path, workers: int, threads: int, stages: int) -> None:
+    """Do what is missing of the first `stages` stages, and add a line for each run to the file.
+
+    Raises Failed for a run that failed, after those beside it; ValueError for another plan's file.
+    """
+    lines = read(path, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not any(line["role"] == "before" for line in lines):
+        add(path, lines, before(plan, threads))
+    for number, stage in enumerate(plan.stages[:stages], 1):
+        title = f"stage {number} of {stages}"
+        perform(plan, plan.search(stage), path, lines, workers, threads, f"{title}, rates")
+        rates = {arm.name: rate(plan, arm, lines) for arm in stage}
+        perform(plan, plan.judged(stage, rates), path, lines, workers, threads, title)
+
+
+def perform(
+    plan: Plan,
+    runs: Sequence[Run],
+    path: Path,
+    lines: list[Line],
+    workers: int,
+    threads: int,
+    title: str,
+) -> None:
+    """Those of the runs that have no line yet, `workers` at a time, with progress."""
+    have = {key(line) for line in lines if line["role"] != "before"}
+    missing = [run for run in runs if run not in have]
+    bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, smoothing=0)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        waiting = set()
+        try:
+            while missing or waiting:
+                while missing and len(waiting) < workers:
+                    waiting.add(pool.submit(execute, plan, missing.pop(0), threads))
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    add(path, lines, future.result())
+                    bar.update()
+        finally:
+            for future in waiting:  # what is under way is kept
+                if future.exception() is None:
+                    add(path, lines, future.result())
+
+
+def add(path: Path, lines: list[Line], line: Line) -> None:
+    """One more line, in the file and in memory."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    lines.append(line)
