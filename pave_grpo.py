@@ -435,11 +435,16 @@ def ode_sample(velocity: Velocity, grid: Tensor, x: Tensor) -> Tensor:
 
 
 def group_advantages(
-    rewards: Tensor, ddof: int = 1, eps: float = 1e-8, clamp: float | None = 5.0
+    rewards: Tensor,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    clamp: float | None = 5.0,
+    standardise: bool = True,
 ) -> Tensor:
     """A = (r - mean r) / (std r + eps) over the last axis of [..., G], clamped to [-clamp, clamp].
 
-    The released defaults. A clamp at 5 cannot act for G <= 26, since |A| <= (G-1)/sqrt(G); where
+    The released defaults. standardise=False is Dr.GRPO's A = r - mean r, which has no ddof and no
+    eps. A clamp at 5 cannot act for G <= 26, since |A| <= (G-1)/sqrt(G) if standardised; where
     a clamp acts, sum A = 0 is lost, and E2 with it. A group of equal rewards gets exact zeros and
     stays in every mean. float32, or float64 if the rewards are. Raises ValueError for a reward that
     is not finite.
@@ -448,8 +453,9 @@ def group_advantages(
     r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = r - r.mean(-1, keepdim=True)
     equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)
-    std = r.std(-1, correction=ddof, keepdim=True)
-    A = torch.where(equal, 0, centred / torch.where(equal, 1, std + eps))
+    std = r.std(-1, correction=ddof, keepdim=True) + eps
+    scale = torch.where(equal, 1, std) if standardise else torch.ones_like(std)
+    A = torch.where(equal, 0, centred / scale)
     return A if clamp is None else A.clamp(-clamp, clamp)
 
 
@@ -474,8 +480,20 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None)
     return Surrogate(torch.where(is_cut, bounded * advantages, free), ratio, is_cut)
 
 
+def normalised_log_ratio(log_ratio: Tensor, delta: Tensor, std: Tensor, reduction: str) -> Tensor:
+    """GRPO-Guard's c (log ratio + |delta|^2 / (2 c^2)) = delta . (x_s - mu_old) / c, [P, n, G].
+
+    delta = mu - mu_old [P, n, 1|G, *event] and c = std [P, n, 1|G] are of what x_s was scored
+    under; delta . z is reduced as the log-probability is. It is centred, and as wide at every step
+    for an equal delta, so that one clip range suits all steps (arXiv 2510.22319, equation 8).
+    """
+    squared = delta.double().square().flatten(std.ndim)
+    distance = squared.sum(-1) if reduction == "sum" else squared.mean(-1)
+    return std * (log_ratio + distance / (2 * std.square()))
+
+
 class TermStatistics(NamedTuple):
-    """What one k did in a loss. Ratios are p_theta / p_old in the loss's reduction."""
+    """What one k did in a loss. Ratios are p_theta / p_old in the loss's reduction, as clipped."""
 
     ratio_mean: float
     ratio_min: float
@@ -614,6 +632,7 @@ def policy_loss(
     reference: Velocity | None = None,
     term_weights: Mapping[int, float | Tensor] | None = None,
     reduction: str = "mean",
+    ratio_norm: bool = False,
     old: OldPolicy | None = None,
 ) -> PolicyLoss:
     """-J of Algorithm 1: J = mean sum_k w_k min(ratio_k A, clip(ratio_k) A) - kl KL.
@@ -628,6 +647,7 @@ def policy_loss(
                   coarse steps at the observed x_t, mu = a x_t + b v_u in the midpoint form,
                   reduced as the log-probability is
     term_weights  {k: w_k}, each a number or [n], one per stochastic step; default 1 and 1/|S|
+    ratio_norm    clip and weigh by GRPO-Guard's `normalised_log_ratio` in place of the log-ratio
     old           .old of the first update on this rollout; None: this pass is theta_old, ratios 1
     The mean is over members, steps, prompts. ValueError where arguments do not fit together.
     """
@@ -647,7 +667,11 @@ def policy_loss(
         p = scored(form, k, transitions, means_old, rollout)
         log_probs[k] = p.log_prob(rollout.x_s, reduction)
         log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
-        term = clipped_surrogate(log_probs[k] - log_prob_old, advantages, clip)
+        log_ratio = log_probs[k] - log_prob_old
+        if ratio_norm:
+            delta = transitions[k].mean - means_old[k]
+            log_ratio = normalised_log_ratio(log_ratio, delta, p.std, reduction)
+        term = clipped_surrogate(log_ratio, advantages, clip)
         w_k = torch.as_tensor(weights[k], dtype=torch.float64, device=std_1.device).reshape(-1, 1)
         J = J + (w_k * term.value).mean()
         terms[k] = statistics_of(term, advantages, std_1, p.std)

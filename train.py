@@ -43,6 +43,8 @@ from zoo.training.options import (
     process_of,
     prompts_of,
     stochastic_steps,
+    terms_of,
+    weights_of,
 )
 from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts
 from zoo.training.ranks import Ranks, Stopped, fail, stopping
@@ -117,7 +119,7 @@ def iterate(
 
     compared is told how the k-terms compare with the original, before the first update.
     """
-    process, steps = process_of(o, policy), stochastic_steps(o, policy)
+    process, steps = process_of(o, policy), stochastic_steps(o, policy, iteration)
     prompts, generators = data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))
 
     # 1. Sample G members per prompt; some of the T steps are stochastic, x_t -> x_s.
@@ -133,34 +135,17 @@ def iterate(
     images = policy.decode(rollout.x_0.flatten(0, 2))
     scores = ranks.together(rewards, images, asked)
     total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
-    advantages = pave.group_advantages(total)
+    advantages = pave.group_advantages(total, standardise=o.advantages == "standardised")
 
     if compared is not None:
         compared(iteration, compare(o, policy, prompts, rollout, advantages, parts_of, ranks))
     u = 0.5 if o.place == "half" else pave.draw_places(generators, *rollout.x_t.shape[1:3])
-    parts = list(parts_of(rollout, advantages, o.update_batch, u))
+    weights = weights_of(o, process, steps)
+    parts = list(parts_of(rollout, advantages, o.update_batch, u, weights))
     for _ in range(o.updates):
         optimizer.zero_grad()
-        measured = []
-        for part in parts:
-            # 3. Score each observed x_t -> x_s again, for every k in {1} + S.
-            own = prompts[part.prompts]
-            result = pave.policy_loss(
-                policy.velocity(own),
-                part.rollout,
-                part.advantages,
-                factors=o.factors,
-                form=o.form,
-                u=part.u,
-                clip=o.clip,
-                kl=o.kl,
-                reference=policy.reference_velocity(own) if o.kl else None,
-                reduction=o.reduction,
-                old=part.old,
-            )
-            part.old = result.old  # the first pass is theta_old for the others
-            (part.share * result.loss).backward()
-            measured.append(measure(result, part.advantages))
+        # 3. Score each observed x_t -> x_s again, for every k in {1} + S.
+        measured = [score(o, policy, prompts, part) for part in parts]
         # 4. Ascend J: the gradient of all parts and all ranks, cut to a norm.
         grad_norm = step(o, policy, optimizer, average, ranks)
     return {
@@ -172,6 +157,29 @@ def iterate(
     }
 
 
+def score(o: Options, policy: policies.Policy, prompts: Sequence[str], part: Part) -> Metrics:
+    """A part's loss, its gradient added to the parameters', and its metrics."""
+    own = prompts[part.prompts]
+    result = pave.policy_loss(
+        policy.velocity(own),
+        part.rollout,
+        part.advantages,
+        factors=terms_of(o),
+        form=o.form,
+        u=part.u,
+        clip=o.clip,
+        kl=o.kl,
+        reference=policy.reference_velocity(own) if o.kl else None,
+        term_weights=part.weights,
+        reduction=o.reduction,
+        ratio_norm=o.ratio_norm,
+        old=part.old,
+    )
+    part.old = result.old  # the first pass is theta_old for the others
+    (part.share * result.loss).backward()
+    return measure(result, part.advantages)
+
+
 @dataclass
 class Part:
     """A piece of a rollout for one backward pass."""
@@ -181,11 +189,16 @@ class Part:
     prompts: slice  # of the rollout's
     share: float  # of the rollout's states: the weight of its mean in the mean
     u: float | Tensor  # place of the midpoint form's evaluations in their steps
+    weights: dict[int, Tensor] | None  # of every k, at each of its steps
     old: pave.OldPolicy | None = None
 
 
 def parts_of(
-    rollout: pave.Rollout, advantages: Tensor, batch: int, u: float | Tensor = 0.5
+    rollout: pave.Rollout,
+    advantages: Tensor,
+    batch: int,
+    u: float | Tensor = 0.5,
+    weights: dict[int, Tensor] | None = None,
 ) -> Iterator[Part]:
     """Cut into pieces of at most `batch` states x_t; 0: one piece.
 
@@ -211,7 +224,8 @@ def parts_of(
                 )
                 share = x_t.shape[:3].numel() / (P * n * M)
                 place = u[p, i, m] if isinstance(u, Tensor) else u
-                yield Part(piece, advantages[p, group, own], p, share, place)
+                w = None if weights is None else {k: w_k[i] for k, w_k in weights.items()}
+                yield Part(piece, advantages[p, group, own], p, share, place, w)
 
 
 def slices(total: int, size: int) -> list[slice]:

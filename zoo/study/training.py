@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def perform(
     missing = [run for run in runs if run not in have]
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, smoothing=0)
     with ThreadPoolExecutor(workers) as pool, bar:
-        waiting = set()
+        waiting: set[Future[Line]] = set()
         try:
             while missing or waiting:
                 while missing and len(waiting) < workers:

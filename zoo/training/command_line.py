@@ -21,6 +21,7 @@ from zoo.training.options import (
     ABOUT,
     TYPES,
     WITH_MODEL,
+    WITH_PAPER_TERMS,
     Options,
     policy_of,
     prompts_of,
@@ -169,6 +170,9 @@ def check_together(o: Options) -> None:
     if o.tune != "full" and o.tune != ("lora" if o.model else "transformer"):
         choice = "lora or full" if o.model else "transformer or full without --model"
         raise refusal(o, "tune", choice)
+    if o.step_weights in ("gamma", "level") and not WITH_PAPER_TERMS.holds(o):
+        wanted = f"one or noise, being read only {WITH_PAPER_TERMS.words}"
+        raise refusal(o, "step_weights", wanted)
     if o.model and not o.prompts:
         raise refusal(o, "prompts", "given with --model")
     if bool(o.eval_prompts) != bool(o.prompts):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from zoo.rewards import spec as rewards
 from zoo.training import policies
-from zoo.training.options import Options
+from zoo.training.options import Options, terms_of
 from zoo.training.prompts import IMAGES_PER_PROMPT
 
 
@@ -109,7 +109,7 @@ def work(
     o: Options, steps: Sequence[int], policy: policies.Policy, ranks: int, device: str
 ) -> list[str]:
     """Images and velocities of an iteration, and what of it is due to S."""
-    cost, plain, rows = cost_of(o, steps, o.factors), cost_of(o, steps, ()), policy.sizes.rows
+    cost, plain, rows = cost_of(o, steps, terms_of(o)), cost_of(o, steps, ()), policy.sizes.rows
     more = cost.forwards(o.checkpointing) / plain.forwards(o.checkpointing) - 1
     reference = f", {cost.reference} reference" if o.kl else ""
     guided = f"; each is {rows} rows of the network, for guidance" if rows > 1 else ""
@@ -118,9 +118,20 @@ def work(
         f"{o.prompts_per_iteration} prompts on {plural(ranks, 'rank')} ({device})",
         f"  velocity evaluations: {cost.sampled} sampled, {cost.trained} trained "
         f"({per_trained(o.checkpointing)} forwards each){reference}{guided}",
-        f"  S = {{{', '.join(map(str, o.factors))}}} adds {cost.trained - plain.trained} trained "
+        f"  S = {{{', '.join(map(str, terms_of(o)))}}} adds {cost.trained - plain.trained} trained "
         f"evaluations, {100 * more:.1f} % more forwards; no image, no reward",
+        *window(o, steps),
         *comparison(o, cost),
+    ]
+
+
+def window(o: Options, steps: Sequence[int]) -> list[str]:
+    """What --window-every makes of these figures."""
+    if not o.window_every:
+        return []
+    return [
+        f"  the stochastic steps are {', '.join(map(str, steps))} at first, and move by "
+        f"{o.window_by} every {plural(o.window_every, 'iteration')}: these figures are of the first"
     ]
 
 
@@ -139,7 +150,7 @@ def comparison(o: Options, cost: Cost) -> list[str]:
 
 def on_a_rank(o: Options, steps: Sequence[int], ranks: int) -> list[str]:
     """How the batches cut a rank's share."""
-    cost = cost_of(o, steps, o.factors)
+    cost = cost_of(o, steps, terms_of(o))
     images, states, live = cost.images // ranks, cost.states // ranks, cost.live // ranks
     members = 1 if o.rollouts == "shared_anchor" else o.group_size
     axes = (o.prompts_per_iteration // ranks, len(steps), members)

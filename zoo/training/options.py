@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from torch import Tensor
 
 import pave_grpo as pave
 from zoo.released import families
@@ -58,6 +59,11 @@ WITH_GRADIENTS = Rule(
     "with --factors of one number or more, and without --tune full of a --model",
     lambda o: bool(o.factors) and not (o.model and o.tune == "full"),
 )
+WITH_PAPER_TERMS = Rule(
+    "with --form paper and --factors of one number or more",
+    lambda o: bool(o.factors) and o.form == "paper",
+)
+WITH_WINDOW = Rule("with --window-every", lambda o: o.window_every > 0)
 WITH_MIDPOINT = Rule("with --form midpoint", lambda o: o.form == "midpoint")
 WITH_DECAY = Rule("with --optimizer adamw", lambda o: o.optimizer == "adamw")
 
@@ -208,6 +214,17 @@ class Options:
     sde_steps: tuple[int, ...] = method(
         (1,), "stochastic steps, from 0; no number: all that have a density", released=(0, 2, 4, 6)
     )
+    window_every: int = method(
+        0,
+        "iterations after which the stochastic steps move along the grid (MixGRPO); 0: never",
+        NATURAL,
+    )
+    window_by: int = method(
+        1,
+        "grid steps they move by, below 0 towards the noise; beyond the grid they start over",
+        Rule("other than 0", bool),
+        only=WITH_WINDOW,
+    )
     shift: float = method(
         1.0,
         "shift of the grid; above 1 spends more steps near the noise",
@@ -241,6 +258,27 @@ class Options:
         "where the midpoint form asks for its velocity: half a step in, or uniformly drawn",
         only=WITH_MIDPOINT,
         choices=("half", "uniform"),
+    )
+    term_weights: str = method(
+        "printed",
+        "weights of the k-terms: 1/|S|, or rescaled by (c_k/c_1)^2, which they then have in effect",
+        only=WITH_PAPER_TERMS,
+        choices=("printed", "rescaled"),
+    )
+    step_weights: str = method(
+        "one",
+        "weights of the stochastic steps: one; level: 1/Gamma (E12), so that with S every step "
+        "weighs alike; gamma: Gamma on the original term, without k-terms; noise: in proportion to "
+        "the step's std (TempFlow-GRPO)",
+        choices=("one", "level", "gamma", "noise"),
+    )
+    advantages: str = method(
+        "standardised",
+        "rewards less the group's mean, over its std or as they are (Dr.GRPO)",
+        choices=("standardised", "centred"),
+    )
+    ratio_norm: bool = method(
+        False, "centre log-ratios and scale them by the step's std (GRPO-Guard)"
     )
     reduction: str = method(
         "mean",
@@ -370,6 +408,54 @@ def process_of(o: Options, policy: policies.Policy) -> pave.Process:
     return pave.Process(policy.grid(o.steps), o.kernel, o.eta)
 
 
-def stochastic_steps(o: Options, policy: policies.Policy) -> tuple[int, ...]:
-    """Those named, or all that have a density. Raises ValueError for one that has none."""
-    return process_of(o, policy).stochastic_steps(o.sde_steps or None)
+def stochastic_steps(o: Options, policy: policies.Policy, iteration: int = 1) -> tuple[int, ...]:
+    """Those named, or all that have a density, moved to where --window-every has them by now.
+
+    Raises ValueError for one that has no density, and for steps that cannot move.
+    """
+    process = process_of(o, policy)
+    first = process.stochastic_steps(o.sde_steps or None)
+    if not o.window_every:
+        return first
+    places = windows(first, process.stochastic_steps(), o.window_by)
+    if len(places) == 1:
+        said = f"--window-every {o.window_every}: must be 0, since --sde-steps"
+        raise ValueError(f"{said} {' '.join(map(str, first))} cannot move by {o.window_by}")
+    return places[(iteration - 1) // o.window_every % len(places)]
+
+
+def windows(first: tuple[int, ...], able: Sequence[int], by: int) -> list[tuple[int, ...]]:
+    """first, and where it gets in moves of `by` while all its steps are able to be stochastic."""
+    places = [first]
+    while set(moved := tuple(i + by for i in places[-1])) <= set(able):
+        places.append(moved)
+    return places
+
+
+def terms_of(o: Options) -> tuple[int, ...]:
+    """The factors of the k-terms in the loss: S, or none where S gives the weight Gamma alone."""
+    return () if o.step_weights == "gamma" else o.factors
+
+
+def weights_of(o: Options, process: pave.Process, steps: Sequence[int]) -> dict[int, Tensor]:
+    """{k: w_k [n]} of the loss, for every k in it and every stochastic step.
+
+    w_1 = 1 and w_k = 1/|S|, or (c_k/c_1)^2/|S| if rescaled. A step's weight in effect is
+    Gamma = 1 + sum_k w_k (c_1/c_k)^2 (E12). Then all of a step's are divided by Gamma (level), or
+    times c_1 / mean c_1 over the steps (noise); or w_1 = Gamma alone (gamma).
+    """
+    index = torch.tensor(steps)
+    t, s = process.grid[index], process.grid[index + 1]
+    c_1 = process.coefficients(t, s).std
+    weights = {1: torch.ones_like(c_1)}
+    gamma = torch.ones_like(c_1)
+    for k in o.factors:
+        c_k = process.coefficients(s + (t - s) / k, s).std
+        scale = (c_1 / c_k) ** 2
+        printed = torch.full_like(c_1, 1 / len(o.factors))
+        weights[k] = printed / scale if o.term_weights == "rescaled" else printed
+        gamma = gamma + weights[k] * scale
+    if o.step_weights == "gamma":
+        return {1: gamma}
+    per_step = {"one": torch.ones_like(c_1), "level": 1 / gamma, "noise": c_1 / c_1.mean()}
+    return {k: w * per_step[o.step_weights] for k, w in weights.items()}
