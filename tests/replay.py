@@ -62,7 +62,7 @@ class Replay:
         """One rollout and its updates, all prompts at once."""
         o, policy = self.o, self.policy
         process = process_of(o, policy)
-        steps = o.sde_steps
+        steps = self.steps_of(iteration)
         asked, noises, places = [], [], []
         for index in range(o.prompts_per_iteration):
             generator = generator_of(o.seed, iteration, index)
@@ -85,7 +85,9 @@ class Replay:
         metrics = {"reward": total.mean().item()}
         for name, values in scores.items():
             metrics[f"reward_{name}"] = values.mean().item()
-        A = (total - total.mean(-1, keepdim=True)) / (total.std(-1, keepdim=True) + 1e-8)
+        A = total - total.mean(-1, keepdim=True)
+        if o.advantages == "standardised":
+            A = A / (total.std(-1, keepdim=True) + 1e-8)
         metrics["silent_groups"] = (A == 0).all(-1).float().mean().item()
         metrics["signal"] = (A != 0).float().mean().item()
 
@@ -103,6 +105,44 @@ class Replay:
                 average.mul_(o.ema).add_((1 - o.ema) * p.detach())
         self.lines.append({"iteration": iteration, **metrics})
 
+    def steps_of(self, iteration):
+        """MixGRPO's window: the steps moved one iteration at a time, started over past the end."""
+        o, steps, since = self.o, list(self.o.sde_steps), 0
+        for _ in range(1, iteration):
+            since += 1
+            if o.window_every and since == o.window_every:
+                steps, since = [i + o.window_by for i in steps], 0
+                if not all(0 <= i < o.steps for i in steps):
+                    steps = list(o.sde_steps)
+        return tuple(steps)
+
+    def weight(self, k, t, s, stds):
+        """w_k of the step t -> s; stds: of all stochastic steps."""
+        o, record = self.o, theory.of(self.o.kernel, self.o.eta)
+        factors = o.factors
+
+        def own(k):
+            if k == 1:
+                return 1.0
+            rescaled = record.scale(k, t, s) if o.term_weights == "rescaled" else 1.0
+            return 1 / (len(factors) * rescaled)
+
+        gamma = 1.0 + sum(own(k) * record.scale(k, t, s) for k in factors)
+        if o.step_weights == "gamma":
+            return gamma
+        if o.step_weights == "level":
+            return own(k) / gamma
+        if o.step_weights == "noise":
+            return own(k) * record.std(1, t, s) * len(stds) / sum(stds)
+        return own(k)
+
+    def weights(self, k, rollout):
+        """w_k of every stochastic step, [n, 1]."""
+        grid, record = rollout.process.grid.tolist(), theory.of(self.o.kernel, self.o.eta)
+        ends = [(grid[i], grid[i + 1]) for i in rollout.sde_steps]
+        stds = [record.std(1, *end) for end in ends]
+        return torch.tensor([[self.weight(k, *end, stds)] for end in ends], dtype=torch.float64)
+
     def scored(self, x_0, asked):
         """({name: [P, N, G]}, their weighted sum), of pictures judged one at a time."""
         scores = {name: torch.zeros(x_0.shape[:3]) for name in self.rewards}
@@ -118,11 +158,11 @@ class Replay:
     def loss(self, velocity, rollout, A, asked, old, metrics):
         """(loss, what was scored in the first update), with its metrics."""
         o = self.o
-        ks = (1, *o.factors)
+        ks = (1,) if o.step_weights == "gamma" else (1, *o.factors)
         p = self.rescored(velocity, rollout)
         means = {k: p[k].mean.detach() for k in ks}
         means_old = old[0] if old else means
-        log_probs = {}
+        log_probs, apart, noise = {}, {}, {}
         for k in ks:
             scored = p[k]
             if k > 1 and o.form == "matched":
@@ -133,6 +173,9 @@ class Replay:
                 mean = self.sampled.mean.detach() + p[1].mean - means_old[1]
                 scored = pave.Transition(mean, p[1].std)
             log_probs[k] = scored.log_prob(rollout.x_s, o.reduction)
+            apart[k] = p[k].mean - means_old[k]
+            centre = scored.mean.detach() - apart[k].detach()  # the mean of what was scored first
+            noise[k] = (rollout.x_s - centre) / pave.per_row(scored.std, centre)
             metrics[f"weight_{k}"] = ((p[1].std / scored.std) ** 2).mean().item()
         if old is None:
             old = means, {k: log_prob.detach() for k, log_prob in log_probs.items()}
@@ -143,10 +186,14 @@ class Replay:
 
         J = 0.0
         for k in ks:
-            ratio = (log_probs[k] - old[1][k]).exp()
+            log_ratio = log_probs[k] - old[1][k]
+            if o.ratio_norm:  # delta . (x_s - mu_old) / c
+                product = (apart[k] * noise[k]).double().flatten(3)
+                log_ratio = product.mean(-1) if o.reduction == "mean" else product.sum(-1)
+            ratio = log_ratio.exp()
             bounded = ratio.clamp(1 - o.clip, 1 + o.clip)
             term = torch.minimum(ratio * A, bounded * A)
-            J = J + (1 if k == 1 else 1 / len(o.factors)) * term.mean()
+            J = J + (self.weights(k, rollout) * term).mean()
             speaking = (A != 0).expand_as(ratio)
             cut = (term < ratio * A) & speaking
             metrics[f"ratio_{k}"] = ratio.mean().item()
@@ -157,9 +204,9 @@ class Replay:
         if o.kl:
             with torch.no_grad():
                 wanted = self.rescored(self.initial.velocity(asked), rollout)[1]
-            apart = (p[1].mean - wanted.mean).flatten(3).double().square()
-            summed = apart.sum(-1) / (2 * p[1].std ** 2)
-            KL = (summed / (apart.shape[-1] if o.reduction == "mean" else 1)).mean()
+            squared = (p[1].mean - wanted.mean).flatten(3).double().square()
+            summed = squared.sum(-1) / (2 * p[1].std ** 2)
+            KL = (summed / (squared.shape[-1] if o.reduction == "mean" else 1)).mean()
         metrics["kl"] = KL.item()
         loss = o.kl * KL - J
         metrics["loss"] = loss.item()
@@ -168,7 +215,8 @@ class Replay:
     def rescored(self, velocity, rollout):
         """p^(k); under the midpoint form k = 1 asks inside the step, along what sampled."""
         if self.o.form != "midpoint":
-            return pave.rescore(velocity, rollout, self.o.factors)
+            factors = () if self.o.step_weights == "gamma" else self.o.factors
+            return pave.rescore(velocity, rollout, factors)
         record, grid = theory.of(self.o.kernel, self.o.eta), rollout.process.grid.tolist()
         stds = torch.empty(rollout.x_t.shape[:3], dtype=torch.float64)
         columns = []

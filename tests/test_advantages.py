@@ -40,6 +40,21 @@ def test_the_defaults_are_the_released_ones():
     assert pg.group_advantages(lone, clamp=None).max() > 5.0
 
 
+@given(seed=seeds, G=sizes)
+def test_centred_advantages_are_rewards_less_their_mean(seed, G):
+    """Dr.GRPO's: whatever ddof and eps; silent groups and the clamp as ever."""
+    rewards = normal(seed, 2, 3, G)
+    got = pg.group_advantages(rewards, standardise=False, clamp=None)
+    for group, found in zip(rewards.flatten(0, 1).tolist(), got.flatten(0, 1).tolist()):
+        mean = sum(group) / G
+        size = max(map(abs, group))
+        assert all(abs(a - (r - mean)) <= 4 * G * EPS * size for a, r in zip(found, group))
+    assert torch.equal(pg.group_advantages(rewards, 0, 1.0, None, standardise=False), got)
+    cut = pg.group_advantages(10 * rewards, clamp=2.0, standardise=False)
+    assert torch.equal(cut, (10 * rewards - (10 * rewards).mean(-1, keepdim=True)).clamp(-2, 2))
+    assert not pg.group_advantages(torch.full((G,), 0.3), standardise=False).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @given(G=sizes, value=st.floats(-1e6, 1e6, width=32), ddof=ddofs)
 @example(G=3, value=0.10000000149011612, ddof=1)

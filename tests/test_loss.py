@@ -489,6 +489,35 @@ def test_e3_e7_e10_expected_ratios(kernel, form, reduction):
 
 
 @each_reduction
+@each_form
+@each_kernel
+def test_normalised_ratios_are_delta_z(kernel, form, reduction):
+    """GRPO-Guard: exp(delta . (x_s - mu_old) / c) for every k, one member at a time."""
+    process = pg.Process(GRID, kernel, 0.7)
+    net = network(1)
+    other = moved(net, 2, 0.1)
+    rollout = roll("independent", net, process, steps=(0, 2))
+    A = some_advantages(rollout)
+    how = dict(factors=(2, 3), form=form, clip=None, reduction=reduction)
+    old = pg.policy_loss(net, rollout, A, **how).old
+    result = pg.policy_loss(other, rollout, A, ratio_norm=True, old=old, **how)
+    ratios, total = {k: [] for k in (1, 2, 3)}, 0.0
+    wide = A.expand(rollout.x_s.shape[:3])
+    for step in observations(rollout):
+        for k in (1, 2, 3):
+            mu, mu_old, std = slow_scored(other, net, process, k, form, step)
+            product = (mu - mu_old) * (step.x_s - mu_old) / std
+            ratio = (product.mean() if reduction == "mean" else product.sum()).exp()
+            ratios[k].append(ratio.item())
+            total = total - (1 if k == 1 else 1 / 2) * ratio * wide[step.index] / wide.numel()
+    assert close(result.loss.detach(), total.detach())
+    for k, own in ratios.items():
+        assert abs(result.terms[k].ratio_max - max(own)) <= ROUNDING * max(own)
+        assert abs(result.terms[k].ratio_mean - sum(own) / len(own)) <= ROUNDING * max(own)
+    assert close(gradient(result.loss, other), gradient(total, other))
+
+
+@each_reduction
 @each_mode
 @each_kernel
 def test_kl_is_that_of_the_coarse_steps(kernel, mode, reduction):

@@ -43,13 +43,18 @@ EMBEDDED = {
     "prompts_per_iteration": ("1", {1}),
     "group_size": ("3", {3}),
     "steps": ("3", {3}),
-    "sde_steps": ("0 1", {0, 1}),
+    "sde_steps": ("1 2", {0, 1, 2}),  # and where they move
+    "window_every": ("1", [(1, 2), (0, 1)]),
+    "window_by": ("-1", -1),
     "shift": ("2", 0.8),  # of u = 2/3: 2 u / (1 + u)
     "kernel": ("dance", {"dance"}),
     "eta": ("0.35", {0.35}),
     "rollouts": ("independent", {1}),  # one x_0 for all steps
     "own_start": ("", True),
     "form": ("matched", {"matched"}),
+    "step_weights": ("noise", True),
+    "advantages": ("centred", {False}),
+    "ratio_norm": ("", {True}),
     "reduction": ("sum", {"sum"}),
     "updates": ("2", 2 * 2 * 6),  # passes: iterations, updates, states on two steps
     "clip": ("0.3", {0.3}),
@@ -85,6 +90,7 @@ RELEASED = {
     "decode_batch": ("3", 3),
 }
 ELSEWHERE = {"preset", "dry_run", "revision"}  # in tests of their own, below
+ELSEWHERE |= {"term_weights"}  # of the paper's form: in training/test_replay.py
 
 
 def test_no_option_is_forgotten():
@@ -122,7 +128,9 @@ class Spies:
 WATCHED = [
     (pave, "draw_noise"),
     (pave, "policy_loss"),
+    (pave, "group_advantages"),
     (pave, "ode_sample"),
+    (train, "weights_of"),
     (train.policies, "EMA"),
     (torch.optim, "AdamW"),
     (torch.optim, "SGD"),
@@ -167,6 +175,11 @@ def watched_run(words, folder, texts):
     return spies
 
 
+def not_compared(call):
+    """Whether a loss is of training: --compare-every weighs terms by plain numbers."""
+    return isinstance(call.term_weights[1], torch.Tensor)
+
+
 def with_tuples(given):
     """Options as JSON has them, lists as tuples again."""
     return {name: tuple(z) if isinstance(z, list) else z for name, z in given.items()}
@@ -186,8 +199,9 @@ def embedded(tmp_path_factory):
     trained = [line for line in lines if "reward" in line]
     compared = (out / "compare.jsonl").read_text()
     judged = [line for line in lines if "reward" not in line]
-    passes = [call for call in spies.calls["policy_loss"] if call.term_weights is None]
+    passes = [call for call in spies.calls["policy_loss"] if not_compared(call)]
     rollouts = [call.rollout for call in passes]
+    windows = list(dict.fromkeys(call.steps for call in spies.calls["weights_of"]))
     (noise, *_), (adam,) = spies.calls["draw_noise"], spies.calls["AdamW"]
     networks = spies.calls["forward"]
     sampled = [len(call.x) for call in networks if not call.graded]
@@ -212,12 +226,17 @@ def embedded(tmp_path_factory):
         "group_size": spies.values("draw_noise", "group_size"),
         "steps": {len(rollout.process.grid) - 1 for rollout in rollouts},
         "sde_steps": {step for rollout in rollouts for step in rollout.sde_steps},
+        "window_every": windows,
+        "window_by": windows[1][0] - windows[0][0],
         "shift": rollouts[0].process.grid[1].item(),
         "kernel": {rollout.process.kernel for rollout in rollouts},
         "eta": {rollout.process.eta for rollout in rollouts},
         "rollouts": {rollout.x_0.shape[1] for rollout in rollouts},
         "own_start": noise.own_start,
         "form": spies.values("policy_loss", "form"),  # in what is compared, too
+        "step_weights": passes[0].term_weights[1].item() != 1,
+        "advantages": spies.values("group_advantages", "standardise"),
+        "ratio_norm": {call.ratio_norm for call in passes},
         "reduction": spies.values("policy_loss", "reduction"),
         "updates": len(passes),
         "clip": {call.clip for call in passes},

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train
+from zoo.oracle import theory
 from zoo.training import command_line, draw, evaluate, options
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -37,6 +38,15 @@ BAD = {  # the command line, and what the one line must name
     "--updates 0": "--updates 0",
     f"--out {ROOT}": "--out",
     "--kl -0.1": "--kl -0.1",
+    "--window-every -1": "--window-every -1",
+    "--window-every 2 --window-by 0": "--window-by 0: must be other than 0",
+    "--window-by 2": "--window-by: must be left out",
+    "--window-every 2 --sde-steps": "must be 0, since --sde-steps 0 1 2 3 4 5 6 7",
+    "--window-every 2 --window-by 9": "cannot move by 9",
+    "--factors --step-weights gamma": "--step-weights gamma: must be one or noise",
+    "--form matched --step-weights level": "--step-weights level: must be one or noise",
+    "--form matched --term-weights rescaled": "--term-weights: must be left out",
+    "--advantages ranked": "--advantages",
     "--seed -1": "--seed -1",
     "--device tpu": "--device tpu",
     "--iterations x": "'x'",
@@ -172,6 +182,8 @@ DEFAULTS = dict(
     group_size=24,
     steps=8,
     sde_steps=(1,),
+    window_every=0,
+    window_by=1,
     shift=1.0,
     sigmas="shifted",
     kernel="flow_sde",
@@ -180,6 +192,10 @@ DEFAULTS = dict(
     own_start=False,
     form="paper",
     place="half",
+    term_weights="printed",
+    step_weights="one",
+    advantages="standardised",
+    ratio_norm=False,
     reduction="mean",
     updates=1,
     clip=1e-4,
@@ -358,6 +374,8 @@ READ_ONLY = {  # an option given, the run that does not read it, the run that do
     "form": ({"factors": ()}, {"factors": (2,)}),
     "compare_every": ({"factors": ()}, {"factors": (2,)}),
     "place": ({"factors": ()}, {"factors": (), "form": "midpoint"}),
+    "term_weights": ({"form": "matched"}, {"form": "paper"}),
+    "window_by": ({"window_every": 0}, {"window_every": 3}),
     "weight_decay": ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
     "decode_batch": ({"model": ""}, {"model": "x", "size": (8, 8)}),
 }
@@ -424,3 +442,59 @@ def test_a_judge_is_checked_as_a_reward_is(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--eval-reward", "aesthetics"])
     assert "'aesthetics'" in capsys.readouterr().err
+
+
+# ---- Windows and weights -------------------------------------------------------------------------
+
+
+def test_a_window_goes_along_what_can_be_stochastic_and_starts_over():
+    """Where it would leave the grid, or come to the Dirac of cps, it goes back to the start."""
+    assert options.windows((0, 1), range(4), 1) == [(0, 1), (1, 2), (2, 3)]
+    assert options.windows((0, 2), range(6), 2) == [(0, 2), (2, 4)]
+    assert options.windows((3,), range(4), -2) == [(3,), (1,)]
+    o = options.Options(kernel="cps", steps=4, sde_steps=(1, 2), window_every=3, window_by=-1)
+    policy = options.policy_of(o)
+    places = [options.stochastic_steps(o, policy, iteration) for iteration in range(1, 8)]
+    assert places == [(1, 2)] * 3 + [(0, 1)] * 3 + [(1, 2)]
+
+
+STEPS = (0, 1, 3)
+
+
+def gamma_of(weights, record, grid):
+    """What a step's terms weigh together, by E12, from the record of theory."""
+    found = []
+    for j, i in enumerate(STEPS):
+        scales = {k: record.scale(k, grid[i], grid[i + 1]) for k in weights}
+        found.append(sum(w[j].item() * scales[k] for k, w in weights.items()))
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "cps", "dance"])
+def test_weights_are_those_of_e12(kernel):
+    """Rescaled, each k-term weighs 1/|S|; level, each step 1; gamma is what the step weighed."""
+    made = options.Options(kernel=kernel, factors=(2, 3, 5), steps=5, sde_steps=STEPS)
+    process = options.process_of(made, options.policy_of(made))
+    record, grid = theory.of(kernel, made.eta), process.grid.tolist()
+
+    def weights(**how):
+        return options.weights_of(dataclasses.replace(made, **how), process, STEPS)
+
+    printed = weights()
+    assert {k: w.tolist() for k, w in printed.items()} == {1: [1] * 3} | {
+        k: [1 / 3] * 3 for k in (2, 3, 5)
+    }
+    gamma = gamma_of(printed, record, grid)
+    rescaled = weights(term_weights="rescaled")
+    assert gamma_of(rescaled, record, grid) == pytest.approx([2.0] * 3, rel=1e-13)
+    assert gamma_of({2: rescaled[2]}, record, grid) == pytest.approx([1 / 3] * 3, rel=1e-13)
+    level = weights(step_weights="level")
+    assert gamma_of(level, record, grid) == pytest.approx([1.0] * 3, rel=1e-13)
+    assert (level[2] / level[1]).tolist() == pytest.approx([1 / 3] * 3, rel=1e-13)
+    (alone,) = weights(step_weights="gamma").items()
+    assert alone[0] == 1 and alone[1].tolist() == pytest.approx(gamma, rel=1e-13)
+    noise = weights(step_weights="noise")
+    stds = [record.std(1, grid[i], grid[i + 1]) for i in STEPS]
+    wanted = [c * 3 / sum(stds) for c in stds]
+    assert noise[1].tolist() == pytest.approx(wanted, rel=1e-13)
+    assert noise[5].tolist() == pytest.approx([w / 3 for w in wanted], rel=1e-13)

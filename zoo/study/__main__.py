@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.study import training
+import torch
+
+from zoo.study import gradients, training
 from zoo.study.plan import PLANS
 
 RESULTS = Path("zoo/study/results")
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
+    command_gradients(commands.add_parser("gradients", help="Study A"))
     command_train(commands.add_parser("train", help="Study B"))
     options = parser.parse_args(argv)
     try:
@@ -33,6 +36,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, training.Failed) as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
+
+
+def command_gradients(parser: argparse.ArgumentParser) -> None:
+    """The options of Study A."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a small version, which shows nothing")
+    add("--out", type=Path, default=RESULTS, help="folder of its results (default: %(default)s)")
+    add(
+        "--work", type=Path, default=Path("runs/study"), help="of its blocks (default: %(default)s)"
+    )
+    add("--threads", type=int, default=0, help="CPU threads; default: torch's own choice")
+    parser.set_defaults(do=do_gradients)
+
+
+def do_gradients(options: argparse.Namespace) -> None:
+    """Run what is missing of Study A."""
+    if options.threads < 0:
+        raise ValueError(f"--threads {options.threads}: must be 0 or more")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    gradients.study(gradients.QUICK if options.quick else gradients.FULL, options.out, options.work)
 
 
 def command_train(parser: argparse.ArgumentParser) -> None:
