@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from zoo.study import gradients, training
+from zoo import style
+from zoo.study import gradients, report, training
 from zoo.study.plan import PLANS
 
 RESULTS = Path("zoo/study/results")
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     command_gradients(commands.add_parser("gradients", help="Study A"))
     command_train(commands.add_parser("train", help="Study B"))
+    command_report(commands.add_parser("report", help="tables and a figure"))
     options = parser.parse_args(argv)
     try:
         options.do(options)
@@ -83,6 +85,27 @@ def do_train(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} {value}: must be from 1 to {most}")
     path = options.out or RESULTS / f"train-{plan.name}.jsonl"
     training.study(plan, path, options.workers, options.threads, stages)
+
+
+def command_report(parser: argparse.ArgumentParser) -> None:
+    """The options of the report."""
+    add = parser.add_argument
+    add("--plan", choices=tuple(PLANS), default="laptop", help="of Study B (default: %(default)s)")
+    add("--results", type=Path, default=RESULTS, help="their folder (default: %(default)s)")
+    add("--figure", type=Path, help="file of a figure to write, of Study B")
+    parser.set_defaults(do=do_report)
+
+
+def do_report(options: argparse.Namespace) -> None:
+    """Print the tables; draw the figure if one is asked for."""
+    plan = PLANS[options.plan]
+    told = report.report(plan, options.results)
+    if not told:
+        raise ValueError(f"--results {options.results}: must hold results of the plan {plan.name}")
+    if options.figure:
+        lines = report.read_lines(options.results / f"train-{plan.name}.jsonl")
+        report.draw_differences(plan, lines).savefig(options.figure, dpi=style.DPI)
+    print(told)
 
 
 if __name__ == "__main__":

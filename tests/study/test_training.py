@@ -1,0 +1,138 @@
+"""Study B: what is run, what is kept, and going on where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zoo.study import training
+from zoo.study.__main__ import main
+from zoo.study.plan import PLANS
+
+QUICK, LAPTOP = PLANS["quick"], PLANS["laptop"]
+
+
+class Programs:
+    """In the place of the programs of a run: what they are asked, and a result by flags."""
+
+    def __init__(self, fail_at=None):
+        self.asked, self.fail_at = [], fail_at
+
+    def __call__(self, arguments, threads):
+        words = list(arguments)
+        if words[0] == "train.py":
+            self.asked.append(words)
+            if len(self.asked) == self.fail_at:
+                raise training.Failed("train.py: it failed")
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(parents=True)
+            lr = float(words[words.index("--lr") + 1])
+            summary = {"seconds": 1.0, "device": "cpu", "versions": {}}
+            (out / "summary.json").write_text(json.dumps(summary))
+            (out / "config.json").write_text(json.dumps({"lr": lr, "out": str(out)}))
+            (out / "metrics.jsonl").write_text('{"reward": 0.5}\n{"heldout_right": 0.5}\n')
+            (out / "checkpoint.safetensors").write_text(str(lr))
+            return ""
+        assert words[:2] == ["-m", "zoo.training.evaluate"]
+        steps = words[words.index("--eval-steps") + 1 :]
+        shipped = words[2].endswith("shapes.safetensors")
+        # The middle rate is the best, so that the search has something to find.
+        score = (
+            0.5
+            if shipped
+            else {1e-4: 0.6, 2e-4: 0.7, 4e-4: 0.65}[float(Path(words[2]).read_text())]
+        )
+        means = {n: {"right": score, "rule": score} for n in steps}
+        return json.dumps({"heldout": means, "family": {}, "diversity": 0.2})
+
+
+def lines_of(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_a_study_that_failed_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """What had finished, also beside the run that failed, is not run again; nothing is missing."""
+    path = tmp_path / "lines.jsonl"
+    broken, whole = Programs(fail_at=12), Programs()
+    monkeypatch.setattr(training, "program", broken)
+    with pytest.raises(training.Failed, match="it failed"):
+        training.study(LAPTOP, path, workers=2, threads=1, stages=1)
+    kept = lines_of(path)
+    assert 11 <= len(kept) <= 13 and kept[0]["role"] == "before"
+    monkeypatch.setattr(training, "program", whole)
+    training.study(LAPTOP, path, workers=3, threads=1, stages=1)
+    lines = lines_of(path)
+    assert lines[: len(kept)] == kept and len(lines) == 1 + 18 + 36
+    assert len(whole.asked) == len(lines) - len(kept)
+    runs = [training.key(line) for line in lines[1:]]
+    assert len(set(runs)) == len(runs)
+    assert {run.lr for run in runs if run.role == "judged"} == {2e-4}
+    assert sorted({run.seed for run in runs if run.role == "judged"}) == list(LAPTOP.seeds)
+    training.study(LAPTOP, path, workers=1, threads=1, stages=1)
+    assert lines_of(path) == lines
+
+
+def test_the_search_is_judged_with_the_first_number_of_steps_alone(tmp_path, monkeypatch):
+    """And what counts with all of them; the rate of another arm needs no search."""
+    monkeypatch.setattr(training, "program", Programs())
+    path = tmp_path / "lines.jsonl"
+    training.study(LAPTOP, path, workers=2, threads=1, stages=3)
+    for line in lines_of(path):
+        wanted = ["16"] if line["role"] == "search" else ["16", "8", "40"]
+        assert list(line["heldout"]) == wanted
+    more = [line for line in lines_of(path) if line.get("arm") == "k1 more"]
+    assert {line["role"] for line in more} == {"judged"} and {z["lr"] for z in more} == {2e-4}
+
+
+def test_a_file_is_of_one_plan(tmp_path, monkeypatch):
+    """Lines of another plan are refused before any work."""
+    monkeypatch.setattr(training, "program", lambda *_: pytest.fail("work started"))
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"plan": "laptop", "role": "before"}\n')
+    with pytest.raises(ValueError, match="is of the plan 'laptop', must be of 'quick'"):
+        training.study(QUICK, path, 1, 1, 1)
+
+
+def test_what_a_program_says_last_is_said():
+    """A status other than 0 is a failure with the program's own words."""
+    with pytest.raises(
+        training.Failed, match=r"train\.py --steps 0: .*--steps 0: must be 1 or more"
+    ):
+        training.program(["train.py", "--steps", "0"], 1)
+
+
+def test_the_quick_study_runs(tmp_path, capsys):
+    """The real programs, end to end; every line with its whole configuration; then the report."""
+    path = tmp_path / "train-quick.jsonl"
+    main(["train", "--plan", "quick", "--out", str(path)])
+    lines = lines_of(path)
+    assert [line["role"] for line in lines] == ["before", *["search"] * 2, *["judged"] * 4]
+    for line in lines[1:]:
+        config = line["config"]
+        assert (config["seed"], config["lr"]) == (line["seed"], line["lr"])
+        assert config["form"] == ("midpoint" if line["arm"] == "midpoint" else "paper")
+        assert config["factors"] == [] and config["iterations"] == 1 and "out" not in config
+        assert line["command"].startswith("python train.py") and line["commit"] != ""
+        assert len(line["rewards"]) == 1 and list(line["heldout"]) == ["2"]
+    main(["report", "--plan", "quick", "--results", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| midpoint | 0.0002 | 2 |" in out and "**midpoint − k = 1** (decides: p = " in out
+
+
+BAD = {
+    "train --workers 0": "--workers 0: must be from 1",
+    "train --threads 0": "--threads 0: must be from 1",
+    "train --stages 6": "--stages 6: must be from 1 to 5",
+    "gradients --threads -1": "--threads -1: must be 0 or more",
+    "report --results nowhere": "--results nowhere: must hold results of the plan laptop",
+}
+
+
+@pytest.mark.parametrize(("words", "said"), BAD.items())
+def test_bad_input_is_one_line_and_status_2(words, said, capsys, monkeypatch):
+    """Before any work."""
+    monkeypatch.setattr(training, "program", lambda *_: pytest.fail("work started"))
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and said in err

@@ -1,0 +1,271 @@
+"""What the studies found, as tables and one figure; docs/EVIDENCE.md has them.
+
+python -m zoo.study report                prints the tables
+python -m zoo.study report --figure docs/evidence.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from zoo import style
+from zoo.study import gradients
+from zoo.study.inference import Interval, holm, interval, seeds_needed
+from zoo.study.plan import Contrast, Plan
+
+Line = dict[str, Any]
+MINUS = "−"
+
+
+# ---- Study B -------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """arm minus beside at one number of ODE steps, over the seeds that both have."""
+
+    contrast: Contrast
+    rates: tuple[float, float]  # learning rates of the arm and of the one beside it
+    steps: int
+    right: Interval
+    rule: Interval
+    diversity: Interval | None  # measured at the first number of steps alone
+    complete: bool  # whether every seed of the plan is there
+
+
+def by_seed(plan: Plan, lines: Sequence[Line], arm: str, rate: str) -> dict[int, Line]:
+    """An arm's judged lines, at its own rate or at the common one."""
+    own = {
+        line["seed"]: line for line in lines if (line["role"], line.get("arm")) == ("judged", arm)
+    }
+    if rate == "own":
+        return own
+    common = {
+        line["seed"]: line for line in lines if (line["role"], line.get("arm")) == ("common", arm)
+    }
+    at_common = {seed: line for seed, line in own.items() if line["lr"] == plan.common}
+    return at_common | common
+
+
+def difference(
+    plan: Plan, lines: Sequence[Line], contrast: Contrast, rate: str, steps: int
+) -> Difference | None:
+    """None where fewer than two seeds have both arms."""
+    arm = by_seed(plan, lines, contrast.arm, rate)
+    beside = by_seed(plan, lines, contrast.beside, rate)
+    seeds = sorted(arm.keys() & beside.keys())
+    if len(seeds) < 2:
+        return None
+    wanted = min(plan.arm(contrast.arm).seeds, plan.arm(contrast.beside).seeds)
+
+    def paired(of: Any) -> Interval:
+        return interval([of(arm[seed]) - of(beside[seed]) for seed in seeds])
+
+    def outcome(judge: str) -> Interval:
+        return paired(lambda line: line["heldout"][str(steps)][judge])
+
+    spread = paired(lambda line: line["diversity"]) if steps == plan.eval_steps[0] else None
+    complete = len(seeds) == wanted
+    rates = (arm[seeds[0]]["lr"], beside[seeds[0]]["lr"])
+    return Difference(contrast, rates, steps, outcome("right"), outcome("rule"), spread, complete)
+
+
+def differences(plan: Plan, lines: Sequence[Line]) -> Iterator[Difference]:
+    """Every contrast at every number of steps; those of common arms at the common rate too.
+
+    Where an arm's own rate is the common one these are the same, and given once.
+    """
+    for contrast in plan.contrasts:
+        for steps in sorted(plan.eval_steps):
+            own = difference(plan, lines, contrast, "own", steps)
+            if own:
+                yield own
+            if {contrast.arm, contrast.beside} <= set(plan.common_arms):
+                common = difference(plan, lines, contrast, "common", steps)
+                if common and own and common.rates != own.rates:
+                    yield common
+
+
+def is_own(plan: Plan, lines: Sequence[Line], one: Difference) -> bool:
+    """Whether both arms have their own rates."""
+    arms = (one.contrast.arm, one.contrast.beside)
+    owned = tuple(next(iter(by_seed(plan, lines, arm, "own").values()))["lr"] for arm in arms)
+    return one.rates == owned
+
+
+def corrected(plan: Plan, lines: Sequence[Line]) -> dict[str, float]:
+    """{primary contrast: p by Holm} at the first number of steps; {} until all are complete."""
+    primary = [
+        difference(plan, lines, contrast, "own", plan.eval_steps[0])
+        for contrast in plan.contrasts
+        if contrast.primary
+    ]
+    found = [one for one in primary if one and one.complete]
+    if len(found) < len(primary):
+        return {}
+    names = [one.contrast.name for one in found]
+    return dict(zip(names, holm([one.right.p for one in found]), strict=True))
+
+
+def signed(value: float) -> str:
+    """With its sign, three digits."""
+    return f"{value:+.3f}".replace("-", MINUS)
+
+
+def bounds(found: Interval) -> str:
+    """mean (low to high)."""
+    return f"{signed(found.mean)} ({signed(found.low)} to {signed(found.high)})"
+
+
+def arms_table(plan: Plan, lines: Sequence[Line]) -> list[str]:
+    """A row for every arm: its rate, its seeds, the mean of every outcome."""
+    steps_list = sorted(plan.eval_steps)
+    head = ["arm", "rate", "seeds", *(f"right, {n} steps" for n in steps_list)]
+    head += [f"rule, {plan.eval_steps[0]} steps", "diversity"]
+    rows = []
+    start = next(line for line in lines if line["role"] == "before")
+    rows.append(["before", "", "", *outcomes(plan, [start])])
+    for arm in plan.arms:
+        own = by_seed(plan, lines, arm.name, "own")
+        if own:
+            rate = f"{next(iter(own.values()))['lr']:g}"
+            rows.append([arm.says, rate, str(len(own)), *outcomes(plan, list(own.values()))])
+    return table(head, rows)
+
+
+def outcomes(plan: Plan, lines: Sequence[Line]) -> list[str]:
+    """Means over lines: right by steps, rule at the first, diversity."""
+    n = len(lines)
+    right = [
+        sum(line["heldout"][str(steps)]["right"] for line in lines) / n
+        for steps in sorted(plan.eval_steps)
+    ]
+    rule = sum(line["heldout"][str(plan.eval_steps[0])]["rule"] for line in lines) / n
+    diversity = sum(line["diversity"] for line in lines) / n
+    return [f"{value:.3f}" for value in (*right, rule, diversity)]
+
+
+def differences_table(plan: Plan, lines: Sequence[Line]) -> list[str]:
+    """A row for every contrast and number of steps."""
+    head = ["difference", "rates", "steps", "seeds", "right", "rule", "diversity", "seeds needed"]
+    rows = []
+    p = corrected(plan, lines)
+    for one in differences(plan, lines):
+        name = one.contrast.name
+        if name in p and one.steps == plan.eval_steps[0] and is_own(plan, lines, one):
+            name = f"**{name}** (decides: p = {p[name]:.4f} by Holm)"
+        seeds = str(one.right.n) + ("" if one.complete else " so far")
+        needed = "" if one.right.excludes_0 else str(seeds_needed(one.right) or "")
+        spread = bounds(one.diversity) if one.diversity else ""
+        right, rule = bounds(one.right), bounds(one.rule)
+        rates = " and ".join(f"{rate:g}" for rate in dict.fromkeys(one.rates))
+        rows.append([name, rates, str(one.steps), seeds, right, rule, spread, needed])
+    return table(head, rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
+
+
+# ---- Study A -------------------------------------------------------------------------------------
+
+
+def interval_of(found: Line | None) -> str:
+    """mean (low to high) of a line of gradients.json."""
+    return (
+        "" if found is None else f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    )
+
+
+def gradients_table(lines: Sequence[Line]) -> list[str]:
+    """A row for every arm: share of signal and cosine with k = 1, all steps, and step 1."""
+    head = ["arm", "signal, all steps", "cosine, all steps", "signal, step 1", "cosine, step 1"]
+    rows = []
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        own = {line["steps"]: line for line in lines if line["arm"] == arm}
+        row = [arm]
+        for place in ("all", "1"):
+            row += [interval_of(own[place]["signal"]), interval_of(own[place].get("cosine"))]
+        rows.append(row)
+    return table(head, rows)
+
+
+def gains_table(lines: Sequence[Line], norm: float) -> list[str]:
+    """Held-out reward after a step of this norm: the gain of k = 1, and the others less it."""
+    steps_list = sorted(map(int, next(iter(lines))["rewards"]))
+    head = ["arm", *(f"{how}, {n} steps" for how in ("plain", "adam") for n in steps_list)]
+    rows = []
+    for arm in dict.fromkeys(line["arm"] for line in lines if line["arm"] != "start"):
+        beside = "start" if arm == "k = 1" else "k = 1"
+        cells = [
+            bounds(gradients.paired(lines, arm, beside, how, norm, n))
+            for how in ("plain", "adam")
+            for n in steps_list
+        ]
+        rows.append([f"{arm} {MINUS} {beside}", *cells])
+    return table(head, rows)
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Of a file of JSON lines; none where there is no file."""
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(plan: Plan, folder: Path) -> str:
+    """Every table that there are results for."""
+    parts = []
+    trained = read_lines(folder / f"train-{plan.name}.jsonl")
+    if trained:
+        parts += ["Study B, arms", *arms_table(plan, trained), ""]
+        parts += ["Study B, paired differences", *differences_table(plan, trained), ""]
+    described = folder / "gradients.json"
+    if described.exists():
+        parts += ["Study A, gradients", *gradients_table(json.loads(described.read_text())), ""]
+    gained = read_lines(folder / "gains.jsonl")
+    for norm in sorted({line["norm"] for line in gained} - {0.0}):
+        if len([line for line in gained if line["norm"] == norm]) == 2 * 9:
+            parts += [f"Study A, a step of norm {norm:g}", *gains_table(gained, norm), ""]
+    return "\n".join(parts)
+
+
+@style.styled
+def draw_differences(plan: Plan, lines: Sequence[Line]) -> Figure:
+    """Every contrast with its interval, by ODE steps; each arm at its own rate."""
+    found = [one for one in differences(plan, lines) if is_own(plan, lines, one)]
+    names = list(dict.fromkeys(one.contrast.name for one in found))
+    steps_list = sorted({one.steps for one in found})
+    figure = style.canvas(
+        1.6 + 0.5 * len(names),
+        "What S, the weights and the midpoint change, paired by seed",
+        "Share of held-out pictures that are right in everything: difference and 95 % interval,\n"
+        "by number of ODE steps. Bold: what decides. Filled: the interval excludes 0.",
+    )
+    ax = figure.subplots()
+    ax.axvline(0, color=style.INK, linewidth=1)
+    for j, steps in enumerate(steps_list):
+        colour = style.PALETTE[j]
+        for one in found:
+            if one.steps != steps:
+                continue
+            y = names.index(one.contrast.name) + 0.22 * (j - (len(steps_list) - 1) / 2)
+            ax.plot([one.right.low, one.right.high], [y, y], color=colour)
+            face = colour if one.right.excludes_0 else "white"
+            ax.plot(one.right.mean, y, "o", color=colour, markerfacecolor=face, zorder=3)
+        ax.plot([], [], "o-", color=colour, label=f"{steps} steps")
+    bold = {contrast.name for contrast in plan.contrasts if contrast.primary}
+    ax.set_yticks(range(len(names)), names)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in bold else "normal")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend(fontsize=8, frameon=False)
+    return figure
