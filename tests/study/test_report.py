@@ -27,7 +27,7 @@ RATES = {"a": 2e-4, "b": 4e-4, "c": 2e-4}
 
 
 def line(role, arm, lr, seed, right):
-    means = {"16": {"right": right, "rule": right / 2}, "8": {"right": right - 0.1, "rule": 0.3}}
+    means = {"16": {"right": right, "rule": right / 2}, "8": {"right": 0.8 * right, "rule": 0.3}}
     return {
         "role": role, "arm": arm, "lr": lr, "seed": seed, "heldout": means, "diversity": 1 - right
     }  # fmt: skip
@@ -59,7 +59,9 @@ def test_differences_are_paired_by_seed():
     assert own.right == pytest.approx(interval([0.05, 0.06, 0.01])) and own.complete
     assert own.rule == pytest.approx(interval([0.025, 0.03, 0.005]))
     assert own.diversity == pytest.approx(interval([-0.05, -0.06, -0.01]))
-    assert seen["b − a", (4e-4, 2e-4), 8].diversity is None
+    fewer = seen["b − a", (4e-4, 2e-4), 8]
+    assert fewer.diversity is None
+    assert fewer.right == pytest.approx(interval([0.04, 0.048, 0.008]))
     assert seen["b − a", (2e-4, 2e-4), 16].right == pytest.approx(interval([0.3, 0.2, 0.2]))
     # c has no common rate of the plan, and as many seeds as it should.
     assert seen["c − a", (2e-4, 2e-4), 16].right == pytest.approx(interval([-0.1, -0.1]))
@@ -79,8 +81,8 @@ def test_nothing_is_decided_before_all_is_there():
 def test_tables_say_what_was_found():
     """Means of an arm over its judged seeds alone; a seed count where an interval holds 0."""
     arms = report.arms_table(PLAN, lines_of(RIGHT))
-    assert arms[2] == "| before | | | 0.200 | 0.300 | 0.150 | 0.700 |"
-    assert "| arm B | 0.0004 | 3 | 0.540 | 0.640 | 0.320 | 0.360 |" in arms
+    assert arms[2] == "| before | | | 0.240 | 0.300 | 0.150 | 0.700 |"
+    assert "| arm B | 0.0004 | 3 | 0.512 | 0.640 | 0.320 | 0.360 |" in arms
     rows = report.differences_table(PLAN, lines_of(RIGHT))
     (decided,) = [row for row in rows if row.startswith("| **b − a**") and "| 16 |" in row]
     assert "p = " in decided and "| +0.040 (−0.026 to +0.106) |" in decided
@@ -96,7 +98,7 @@ def test_the_figure_has_every_difference_once():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b − a", "c − a", "c − b"]
     assert [label.get_fontweight() for label in ax.get_yticklabels()] == ["bold", "bold", "normal"]
     marks = [z for z in ax.lines if z.get_marker() == "o" and len(z.get_xdata())]
-    assert len(marks) == 6
+    assert len(marks) == 6 and len({float(mark.get_ydata()[0]) for mark in marks}) == 6
     wanted = {round(one.right.mean, 9): one.right.excludes_0 for key, one in found().items()
               if key[1] != (2e-4, 2e-4) or "b − a" not in key[0]}  # fmt: skip
     for mark in marks:
