@@ -161,6 +161,12 @@ from zoo.oracle import options
 options.parse(sys.argv[1:], verify_equivalence.CLAIMS, "")
 """
 
+
+def shortened_study(words: list[str]) -> list[str]:
+    """Tables are printed; of a study that takes hours its options, tests/study runs it in small."""
+    return words if words[2] == "report" else [*words, "--help"]
+
+
 MODULES = {  # how the modules that are programs are shortened
     "zoo.released.random_pipelines": lambda words: [word for word in words if word != "--real"],
     "zoo.shapes.pretrain": lambda words: [*words, "--dry-run", "--batch", "2", "--pairs", "8"],
@@ -170,6 +176,7 @@ MODULES = {  # how the modules that are programs are shortened
     "zoo.training.pictures": lambda words: words,
     "zoo.oracle.draw_decomposition": lambda words: words,
     "zoo.oracle.draw_attribution": lambda words: words,
+    "zoo.study": shortened_study,
     "pydoc": lambda words: words,
 }
 

@@ -18,7 +18,7 @@ from zoo import style
 from zoo.study import gradients, report, training
 from zoo.study.plan import PLANS
 
-RESULTS = Path("zoo/study/results")
+RESULTS = Path(__file__).with_name("results")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,7 +44,12 @@ def command_gradients(parser: argparse.ArgumentParser) -> None:
     """The options of Study A."""
     add = parser.add_argument
     add("--quick", action="store_true", help="a small version, which shows nothing")
-    add("--out", type=Path, default=RESULTS, help="folder of its results (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder of its results; default: zoo/study/results",
+    )
     add(
         "--work", type=Path, default=Path("runs/study"), help="of its blocks (default: %(default)s)"
     )
@@ -65,7 +70,7 @@ def command_train(parser: argparse.ArgumentParser) -> None:
     """The options of Study B."""
     add = parser.add_argument
     add("--plan", choices=tuple(PLANS), default="laptop", help="default: %(default)s")
-    add("--out", type=Path, help="file of JSON lines; default: zoo/study/results/train-PLAN.jsonl")
+    add("--out", type=Path, help="file of JSON lines; default: train-PLAN.jsonl in its results")
     add("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads of each (default: %(default)s)")
     add("--stages", type=int, help="the first so many stages of the plan (default: all)")
@@ -91,7 +96,7 @@ def command_report(parser: argparse.ArgumentParser) -> None:
     """The options of the report."""
     add = parser.add_argument
     add("--plan", choices=tuple(PLANS), default="laptop", help="of Study B (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="their folder (default: %(default)s)")
+    add("--results", type=Path, default=RESULTS, help="their folder; default: zoo/study/results")
     add("--figure", type=Path, help="file of a figure to write, of Study B")
     parser.set_defaults(do=do_report)
 
