@@ -1,8 +1,11 @@
 """The evidence of docs/EVIDENCE.md, made anew.
 
+python -m zoo.study gradients             Study A: what each arm's gradient is, and is worth; hours
+python -m zoo.study gradients --quick     the same in seconds, which shows nothing
 python -m zoo.study train                 Study B: hours; goes on where it stopped
 python -m zoo.study train --plan quick    the same in half a minute, which shows nothing
 python -m zoo.study train --plan gpu      16 steps and more seeds, on a GPU
+python -m zoo.study report                the tables of what there is
 """
 
 from __future__ import annotations
