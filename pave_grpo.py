@@ -484,8 +484,9 @@ def normalised_log_ratio(log_ratio: Tensor, delta: Tensor, std: Tensor, reductio
     """GRPO-Guard's c (log ratio + |delta|^2 / (2 c^2)) = delta . (x_s - mu_old) / c, [P, n, G].
 
     delta = mu - mu_old [P, n, 1|G, *event] and c = std [P, n, 1|G] are of what x_s was scored
-    under; delta . z is reduced as the log-probability is. It is centred, and as wide at every step
-    for an equal delta, so that one clip range suits all steps (arXiv 2510.22319, equation 8).
+    under; delta . z is reduced as the log-probability is. Where that is what x_s was drawn from
+    (k = 1, and the forms matched and midpoint) it is centred, and as wide at every step for an
+    equal delta, so that one clip range suits all steps (arXiv 2510.22319, equation 8).
     """
     squared = delta.double().square().flatten(std.ndim)
     distance = squared.sum(-1) if reduction == "sum" else squared.mean(-1)
@@ -499,20 +500,19 @@ class TermStatistics(NamedTuple):
     ratio_min: float
     ratio_max: float
     clip_fraction: float  # of the members with a non-zero advantage, how many the clip cut
-    effective_weight: Tensor  # [n], (c_1 / std scored)^2: the scale of this term's attribution (E2)
+    # [n], (c_1 / std scored)^2, with ratio_norm its root: the scale of the term's attribution (E2)
+    effective_weight: Tensor
 
 
-def statistics_of(
-    term: Surrogate, advantages: Tensor, std_1: Tensor, std: Tensor
-) -> TermStatistics:
-    """The statistics of one term; std_1 is the sampled step's, std what x_s was scored under."""
+def statistics_of(term: Surrogate, advantages: Tensor, weight: Tensor) -> TermStatistics:
+    """The statistics of one term, whose attribution weighs `weight` [P, n, 1|G] times k = 1's."""
     speaking = (advantages != 0).expand_as(term.is_cut).sum()
     return TermStatistics(
         ratio_mean=term.ratio.mean().item(),
         ratio_min=term.ratio.min().item(),
         ratio_max=term.ratio.max().item(),
         clip_fraction=(term.is_cut.sum() / speaking.clamp(min=1)).item(),
-        effective_weight=((std_1 / std) ** 2)[0, :, 0],  # std depends on the step alone
+        effective_weight=weight[0, :, 0],  # it depends on the step alone
     )
 
 
@@ -674,7 +674,8 @@ def policy_loss(
         term = clipped_surrogate(log_ratio, advantages, clip)
         w_k = torch.as_tensor(weights[k], dtype=torch.float64, device=std_1.device).reshape(-1, 1)
         J = J + (w_k * term.value).mean()
-        terms[k] = statistics_of(term, advantages, std_1, p.std)
+        scale = std_1 / p.std
+        terms[k] = statistics_of(term, advantages, scale if ratio_norm else scale**2)
 
     # KL(pi_theta || pi_ref) of the coarse steps: Gaussians of one std, the log-ratio at the mean.
     KL = torch.zeros((), dtype=torch.float64, device=std_1.device)

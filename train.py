@@ -37,6 +37,7 @@ from zoo.training.compare import Line, compare
 from zoo.training.draw import chunked
 from zoo.training.metrics import Metrics, measure, merge
 from zoo.training.options import (
+    ADVANTAGES,
     ROLLOUTS,
     Options,
     policy_of,
@@ -135,7 +136,7 @@ def iterate(
     images = policy.decode(rollout.x_0.flatten(0, 2))
     scores = ranks.together(rewards, images, asked)
     total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
-    advantages = pave.group_advantages(total, standardise=o.advantages == "standardised")
+    advantages = ADVANTAGES[o.advantages](total)
 
     if compared is not None:
         compared(iteration, compare(o, policy, prompts, rollout, advantages, parts_of, ranks))

@@ -117,7 +117,7 @@ class Replay:
         return tuple(steps)
 
     def weight(self, k, t, s, stds):
-        """w_k of the step t -> s; stds: of all stochastic steps."""
+        """w_k of the step t -> s; stds: of all steps that can be stochastic."""
         o, record = self.o, theory.of(self.o.kernel, self.o.eta)
         factors = o.factors
 
@@ -140,7 +140,8 @@ class Replay:
         """w_k of every stochastic step, [n, 1]."""
         grid, record = rollout.process.grid.tolist(), theory.of(self.o.kernel, self.o.eta)
         ends = [(grid[i], grid[i + 1]) for i in rollout.sde_steps]
-        stds = [record.std(1, *end) for end in ends]
+        able = [(grid[i], grid[i + 1]) for i in range(self.o.steps)]
+        stds = [c for c in (record.std(1, *end) for end in able) if c > 0]
         return torch.tensor([[self.weight(k, *end, stds)] for end in ends], dtype=torch.float64)
 
     def scored(self, x_0, asked):
@@ -176,7 +177,8 @@ class Replay:
             apart[k] = p[k].mean - means_old[k]
             centre = scored.mean.detach() - apart[k].detach()  # the mean of what was scored first
             noise[k] = (rollout.x_s - centre) / pave.per_row(scored.std, centre)
-            metrics[f"weight_{k}"] = ((p[1].std / scored.std) ** 2).mean().item()
+            power = 1 if o.ratio_norm else 2
+            metrics[f"weight_{k}"] = ((p[1].std / scored.std) ** power).mean().item()
         if old is None:
             old = means, {k: log_prob.detach() for k, log_prob in log_probs.items()}
             sampled = rollout.log_prob

@@ -132,6 +132,8 @@ def training(words: list[str], is_marked: bool) -> list[str]:
         costs_only = True
     if not costs_only:
         words = set_flags(words, SHORT_TRAINING)
+        if "--window-every" in words:  # it moves within a run
+            words = set_flags(words, {"--iterations": "2", "--window-every": "1"})
     elif not {"--dry-run", "--help"} & set(words):
         words.append("--dry-run")
     return [*launcher, str(ROOT / "train.py"), *words[1:]]

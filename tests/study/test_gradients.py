@@ -1,7 +1,9 @@
 """Study A: arms against loss and theory, products against slow loops, steps that are undone."""
 
 import dataclasses
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_without_noise_all_is_signal_and_cosines_are_exact():
     """Share 1 and the cosine of the expected gradients, of all steps together and of each."""
     expected, found, _ = synthetic(0.0)
     arms = gradients.coefficients(GRID)
-    for line in gradients.described(found, GRID):
+    for line in gradients.described(found, gradients.products(found), GRID):
         assert line["signal"]["mean"] == pytest.approx(1, rel=1e-6)
         mask = torch.ones(4) if line["steps"] == "all" else torch.eye(4)[int(line["steps"])]
 
@@ -138,6 +140,21 @@ def test_without_noise_all_is_signal_and_cosines_are_exact():
             continue
         wanted = torch.cosine_similarity(of(line["arm"]), of("k = 1"), 0).item()
         assert line["cosine"]["mean"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_cosines_of_every_pair_are_those_of_expected_gradients():
+    """Without noise exactly; symmetric; 1 with itself. Of pure noise nothing is said."""
+    expected, found, _ = synthetic(0.0)
+    arms = gradients.coefficients(GRID)
+    seen = gradients.cosines(gradients.products(found), GRID)
+    vectors = {n: torch.einsum("ju,jup->p", arm, expected.double()) for n, arm in arms.items()}
+    for a, b in itertools.product(arms, repeat=2):
+        wanted = torch.cosine_similarity(vectors[a], vectors[b], 0).item()
+        assert seen[a][b] == pytest.approx(wanted, abs=1e-6)
+    # Two squared norms that are estimated below 0 have a positive product.
+    inner = -torch.ones(3, 3, 20, 20, dtype=torch.float64)
+    a, b = arms["k = 1"].flatten(), arms["k = 2"].flatten()
+    assert gradients.between(inner, a, a) < 0 and math.isnan(gradients.cosine_of(inner, a, b))
 
 
 def test_the_share_of_signal_is_unbiased():
@@ -252,7 +269,13 @@ def test_the_quick_study_runs_and_goes_on(tmp_path, capsys):
     command = ["gradients", "--quick", "--out", str(out), "--work", str(work)]
     main(command)
     lines = (out / "gains.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 9 * 2 and len(json.loads((out / "gradients.json").read_text())) == 45
+    assert (
+        len(lines) == 1 + 9 * 2
+        and len(json.loads((out / "gradients.json").read_text())["arms"]) == 45
+    )
+    with pytest.raises(SystemExit):  # the whole study takes nothing of a small one for its own
+        main([*command[:1], *command[2:]])
+    assert "block-0.safetensors: is of another study" in capsys.readouterr().err
     (out / "gains.jsonl").write_text("\n".join(lines[:7]) + "\n")
     (work / "block-1.safetensors").unlink()
     before = (work / "block-0.safetensors").stat().st_mtime_ns
@@ -260,5 +283,14 @@ def test_the_quick_study_runs_and_goes_on(tmp_path, capsys):
     assert (work / "block-0.safetensors").stat().st_mtime_ns == before
     again = (out / "gains.jsonl").read_text().splitlines()
     assert again[:7] == lines[:7] and sorted(again) == sorted(lines)
+    (out / "gains.jsonl").write_text("\n".join(again)[:-9])
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "gains.jsonl, line 19: must be a line of a study" in capsys.readouterr().err
+    (out / "gains.jsonl").write_text("\n".join(again) + "\n")
+    (work / "block-2.safetensors").write_bytes(b"half")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "block-2.safetensors: cannot be read" in capsys.readouterr().err
     main(["report", "--results", str(out)])
     assert "Study A, a step of norm 0.05" in capsys.readouterr().out

@@ -7,16 +7,16 @@ from matplotlib import pyplot
 
 from zoo.study import report
 from zoo.study.inference import holm, interval
-from zoo.study.plan import LAPTOP, Arm, Contrast
+from zoo.study.plan import LAPTOP, Arm, less
 
 ARMS = (Arm("a", "arm A", (), 3), Arm("b", "arm B", (), 3), Arm("c", "arm C", (), 2))
 PLAN = replace(
     LAPTOP,
     stages=(ARMS,),
     contrasts=(
-        Contrast("b − a", "b", "a", primary=True),
-        Contrast("c − a", "c", "a", primary=True),
-        Contrast("c − b", "c", "b"),
+        less("b − a", "b", "a", primary=True),
+        less("c − a", "c", "a", primary=True),
+        less("c − b", "c", "b", added=True),
     ),
     seeds=(200, 201, 202),
     common_arms=("a", "b"),

@@ -8,7 +8,7 @@ import pytest
 
 from zoo.study import training
 from zoo.study.__main__ import main
-from zoo.study.plan import PLANS
+from zoo.study.plan import PLANS, Run
 
 QUICK, LAPTOP = PLANS["quick"], PLANS["laptop"]
 
@@ -94,8 +94,41 @@ def test_a_file_is_of_one_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "program", lambda *_: pytest.fail("work started"))
     path = tmp_path / "lines.jsonl"
     path.write_text('{"plan": "laptop", "role": "before"}\n')
-    with pytest.raises(ValueError, match="is of the plan 'laptop', must be of 'quick'"):
+    with pytest.raises(ValueError, match="line 1: is of the plan 'laptop', must be of 'quick'"):
         training.study(QUICK, path, 1, 1, 1)
+    for text in ('{"plan": "quick"', '{"iteration": 1}', "3"):
+        path.write_text('{"plan": "quick", "role": "before"}\n' + text)
+        with pytest.raises(ValueError, match="line 2: must be a line of a study; remove it"):
+            training.study(QUICK, path, 1, 1, 1)
+    run = {"plan": "quick", "role": "judged", "arm": "k1", "lr": 2e-4, "seed": 200}
+    words = training.command_of(QUICK, Run("judged", "k1", 2e-4, 200), threads=7)
+    for changed, said in (("--factors", "must be what the plan has"), ("--seed", "must be what")):
+        command = " ".join(["python", "train.py", *words]).replace(changed, "--other")
+        path.write_text(json.dumps(run | {"command": command}) + "\n")
+        with pytest.raises(ValueError, match=said):
+            training.study(QUICK, path, 1, 1, 1)
+    path.write_text(json.dumps(run | {"command": " ".join(["python", "train.py", *words])}) + "\n")
+    assert len(training.read(path, QUICK)) == 1
+
+
+def test_a_run_that_diverges_counts_as_registered(monkeypatch):
+    """Every outcome 0, said so; any other failure is one."""
+    for said, kind in (
+        ("rewards: 3 of 4 are not finite", training.Diverged),
+        ("no", training.Failed),
+    ):
+        program = ["-c", f"import sys; sys.exit({said!r})"]
+        with pytest.raises(kind) as stop:
+            training.program(program, 1)
+        assert type(stop.value) is kind
+
+    def diverging(arguments, threads):
+        raise training.Diverged("it is not finite")
+
+    monkeypatch.setattr(training, "program", diverging)
+    line = training.execute(QUICK, Run("judged", "k1", 2e-4, 200), 1)
+    assert line["heldout"] == {"2": {"right": 0.0, "rule": 0.0}}
+    assert line["diverged"] == "it is not finite" and line["seed"] == 200
 
 
 def test_what_a_program_says_last_is_said():

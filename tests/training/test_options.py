@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import pave_grpo
 import train
 from zoo.oracle import theory
 from zoo.training import command_line, draw, evaluate, options
@@ -47,6 +48,10 @@ BAD = {  # the command line, and what the one line must name
     "--form matched --step-weights level": "--step-weights level: must be one or noise",
     "--form matched --term-weights rescaled": "--term-weights: must be left out",
     "--advantages ranked": "--advantages",
+    "--ratio-norm --term-weights rescaled": "--ratio-norm: must be left out",
+    "--ratio-norm --step-weights level": "--ratio-norm: must be left out",
+    "--ratio-norm --step-weights gamma": "--ratio-norm: must be left out",
+    "--window-every 40": "--window-every 40: must be below --iterations 40",
     "--seed -1": "--seed -1",
     "--device tpu": "--device tpu",
     "--iterations x": "'x'",
@@ -494,7 +499,15 @@ def test_weights_are_those_of_e12(kernel):
     (alone,) = weights(step_weights="gamma").items()
     assert alone[0] == 1 and alone[1].tolist() == pytest.approx(gamma, rel=1e-13)
     noise = weights(step_weights="noise")
-    stds = [record.std(1, grid[i], grid[i + 1]) for i in STEPS]
-    wanted = [c * 3 / sum(stds) for c in stds]
+    stds = [record.std(1, grid[i], grid[i + 1]) for i in range(5)]
+    able = [c for c in stds if c > 0]  # of cps all but the last
+    wanted = [stds[i] * len(able) / sum(able) for i in STEPS]
     assert noise[1].tolist() == pytest.approx(wanted, rel=1e-13)
     assert noise[5].tolist() == pytest.approx([w / 3 for w in wanted], rel=1e-13)
+
+
+def test_centred_rewards_of_any_scale_are_not_clamped():
+    """The clamp at 5 is one of standardised advantages: centred ones would lose their sum of 0."""
+    rewards = torch.tensor([[[0.0, 100.0, 260.0]]])
+    assert options.ADVANTAGES["centred"](rewards).tolist() == [[[-120.0, -20.0, 140.0]]]
+    assert options.ADVANTAGES["standardised"] is pave_grpo.group_advantages

@@ -31,8 +31,8 @@ RUNS = [
     "--optimizer sgd --lr 0.3 --factors --form midpoint --rollouts independent --update-batch 2 "
     "--kernel cps",
     "--optimizer sgd --lr 1 --factors --max-grad-norm inf --kernel dance --update-batch 1",
-    "--lr 1e-3 --term-weights rescaled --step-weights noise --ratio-norm --clip 1e-5 "
-    "--update-batch 1",
+    "--lr 1e-3 --step-weights noise --ratio-norm --clip 1e-5 --update-batch 1",
+    "--lr 1e-3 --step-weights noise --term-weights rescaled --optimizer sgd --kernel dance",
     "--lr 1e-3 --step-weights level --advantages centred --optimizer sgd --lr 3 --update-batch 1 "
     "--factors 2",
     "--step-weights gamma --term-weights rescaled --optimizer sgd --lr 0.3 --kernel dance "

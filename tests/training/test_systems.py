@@ -1,8 +1,8 @@
 """Neighbouring methods, run by the commands of docs/CONVENTIONS.md, against their published rules.
 
 Each rule is written out here for one member at a time, with the step as its paper has it: nothing
-of pave_grpo.py but the grid is used. Two iterations of plain gradient ascent end where the program
-ends, to the rounding of float32 networks.
+of pave_grpo.py is used. Two iterations of plain gradient ascent, one update each, end where the
+program ends, to the rounding of float32 networks. Clipping acts from the second update on only.
 """
 
 import math
@@ -151,7 +151,7 @@ def objective(system, policy, data, iteration):
                     mean, std = system.step(x, velocity(x, t), t, s, grid[1])
                     terms.append(a * -((x_s - mean).double() ** 2).mean() / (2 * std**2))
                     weights.append(std if system.weigh_by_noise else 1.0)
-    average = sum(weights) / len(weights)
+    average = sum(weights) / len(weights)  # over all steps: those that weigh by noise are all steps
     return sum(w / average * term for w, term in zip(weights, terms)) / len(terms)
 
 

@@ -47,15 +47,8 @@ def command_gradients(parser: argparse.ArgumentParser) -> None:
     """The options of Study A."""
     add = parser.add_argument
     add("--quick", action="store_true", help="a small version, which shows nothing")
-    add(
-        "--out",
-        type=Path,
-        default=RESULTS,
-        help="folder of its results; default: zoo/study/results",
-    )
-    add(
-        "--work", type=Path, default=Path("runs/study"), help="of its blocks (default: %(default)s)"
-    )
+    add("--out", type=Path, help="folder of results; default: zoo/study/results, quick: --work")
+    add("--work", type=Path, help="folder of blocks; default: runs/study, quick: runs/study-quick")
     add("--threads", type=int, default=0, help="CPU threads; default: torch's own choice")
     parser.set_defaults(do=do_gradients)
 
@@ -66,7 +59,9 @@ def do_gradients(options: argparse.Namespace) -> None:
         raise ValueError(f"--threads {options.threads}: must be 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
-    gradients.study(gradients.QUICK if options.quick else gradients.FULL, options.out, options.work)
+    size = gradients.QUICK if options.quick else gradients.FULL
+    work = options.work or Path("runs/study-quick" if options.quick else "runs/study")
+    gradients.study(size, options.out or (work if options.quick else RESULTS), work)
 
 
 def command_train(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +106,7 @@ def do_report(options: argparse.Namespace) -> None:
     if not told:
         raise ValueError(f"--results {options.results}: must hold results of the plan {plan.name}")
     if options.figure:
-        lines = report.read_lines(options.results / f"train-{plan.name}.jsonl")
+        lines = training.read(options.results / f"train-{plan.name}.jsonl", plan)
         report.draw_differences(plan, lines).savefig(options.figure, dpi=style.DPI)
     print(told)
 

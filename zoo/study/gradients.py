@@ -19,22 +19,25 @@ that a study that stopped goes on; docs/EVIDENCE.md says what came of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import pave_grpo as pave
 from zoo.oracle import theory
 from zoo.shapes import rule
+from zoo.shapes.model import CHECKPOINT
 from zoo.study.inference import Interval, interval, jackknife
 from zoo.training.compare import step_of
 from zoo.training.policies import Embedded
@@ -61,10 +64,30 @@ class Size:
 
 
 FULL = Size(16, 8, 8, 12, 512, (0.05, 0.1, 0.2), (8, 16, 40, 80))
+# For the tests: over in seconds, and shows nothing.
 QUICK = Size(3, 1, 1, 3, 8, (0.05,), (1, 2))
 
 
+def identity(size: Size) -> str:
+    """A name for everything that a block or a line depends on but the code."""
+    told = json.dumps([asdict(size), KERNEL, ETA, T, STEPS, TERMS, SEED]).encode()
+    return hashlib.sha256(told + CHECKPOINT.read_bytes()).hexdigest()[:12]
+
+
 # ---- Arms, as combinations of terms at each step -------------------------------------------------
+
+
+ARMS = (
+    "k = 1",
+    "k = 1, weight Γ",
+    "S = {2, 3}",
+    "matched",
+    "k = 2",
+    "k = 3",
+    "midpoint",
+    "uniform u",
+    "second order",
+)
 
 
 def coefficients(grid: Sequence[float]) -> dict[str, Tensor]:
@@ -77,18 +100,18 @@ def coefficients(grid: Sequence[float]) -> dict[str, Tensor]:
         W = {k: record.weight_sum(k, t, s) for k in (1, 2)}
         p = (t - s) / (2 * record.centre(2, t, s))
         gamma = 1 + (lam[2] + lam[3]) / 2
-        rows = {
-            "k = 1": [1.0, 0.0, 0.0, 0.0, 0.0],
-            "k = 1, weight Γ": [gamma, 0.0, 0.0, 0.0, 0.0],
-            "S = {2, 3}": [1.0, 0.5, 0.5, 0.0, 0.0],
-            "matched": [1.0, 0.5 / lam[2], 0.5 / lam[3], 0.0, 0.0],
-            "k = 2": [0.0, 1.0, 0.0, 0.0, 0.0],
-            "k = 3": [0.0, 0.0, 1.0, 0.0, 0.0],
-            "midpoint": [0.0, 0.0, 0.0, 1.0, 0.0],
-            "uniform u": [0.0, 0.0, 0.0, 0.0, 1.0],
-            "second order": [1 - p, p * W[1] / W[2] / lam[2], 0.0, 0.0, 0.0],
-        }
-        for arm, row in rows.items():
+        rows = (
+            [1.0, 0.0, 0.0, 0.0, 0.0],
+            [gamma, 0.0, 0.0, 0.0, 0.0],
+            [1.0, 0.5, 0.5, 0.0, 0.0],
+            [1.0, 0.5 / lam[2], 0.5 / lam[3], 0.0, 0.0],
+            [0.0, 1.0, 0.0, 0.0, 0.0],
+            [0.0, 0.0, 1.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 1.0, 0.0],
+            [0.0, 0.0, 0.0, 0.0, 1.0],
+            [1 - p, p * W[1] / W[2] / lam[2], 0.0, 0.0, 0.0],
+        )
+        for arm, row in zip(ARMS, rows, strict=True):
             arms.setdefault(arm, []).append(row)
     return {arm: torch.tensor(rows, dtype=torch.float64) for arm, rows in arms.items()}
 
@@ -170,20 +193,36 @@ def gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def blocks(policy: Embedded, size: Size, folder: Path) -> list[dict[str, Tensor]]:
-    """All of them: what the folder has, and the others, which it then has."""
+    """All of them: what the folder has, and the others, which it then has.
+
+    Raises ValueError for a file that is no block of such a study.
+    """
     data = Prompts()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"block-{i}.safetensors" for i in range(size.blocks)]
-    have = sum(path.exists() for path in paths)
-    bar = tqdm(total=size.blocks * size.batches, initial=have * size.batches, desc="batches")
+    have = {path: read_block(path, size) for path in paths if path.exists()}
+    bar = tqdm(total=size.blocks * size.batches, initial=len(have) * size.batches, desc="batches")
     for number, path in enumerate(paths):
-        if not path.exists():
-            found = block(policy, data, size, number, bar.update)
+        if path not in have:
+            have[path] = block(policy, data, size, number, bar.update)
             part = path.with_suffix(".part")
-            save_file(found, part)
+            save_file(have[path], part, {"study": identity(size)})
             part.rename(path)
     bar.close()
-    return [load_file(path) for path in paths]
+    return [have[path] for path in paths]
+
+
+def read_block(path: Path, size: Size) -> dict[str, Tensor]:
+    """A block's tensors. Raises ValueError for a file of another study, or of none."""
+    try:
+        with safe_open(path, "pt") as file:
+            study = (file.metadata() or {}).get("study")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as problem:
+        raise ValueError(f"{path}: cannot be read ({problem}); remove it to go on") from None
+    if study != identity(size):
+        raise ValueError(f"{path}: is of another study; give another --work")
+    return found
 
 
 # ---- What the gradients are ----------------------------------------------------------------------
@@ -206,12 +245,29 @@ def between(inner: Tensor, a: Tensor, b: Tensor) -> float:
     return ((pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))).item()
 
 
-def described(found: Sequence[dict[str, Tensor]], grid: Sequence[float]) -> list[Line]:
+def cosine_of(inner: Tensor, a: Tensor, b: Tensor) -> float:
+    """Of two arms' expected gradients; nan where an estimate of a squared norm is not positive."""
+    sizes = between(inner, a, a), between(inner, b, b)
+    return between(inner, a, b) / math.sqrt(sizes[0] * sizes[1]) if min(sizes) > 0 else math.nan
+
+
+def cosines(inner: Tensor, grid: Sequence[float]) -> dict[str, dict[str, float | None]]:
+    """Of every two arms, all steps together; None where it cannot be told."""
+    arms = {name: arm.flatten() for name, arm in coefficients(grid).items()}
+    found: dict[str, dict[str, float | None]] = {name: {} for name in arms}
+    for (name, a), (other, b) in product(arms.items(), repeat=2):
+        cosine = cosine_of(inner, a, b)
+        found[name][other] = None if math.isnan(cosine) else cosine
+    return found
+
+
+def described(
+    found: Sequence[dict[str, Tensor]], inner: Tensor, grid: Sequence[float]
+) -> list[Line]:
     """Share of signal of one batch, and cosine with k = 1 of expected gradients, of every arm.
 
     A line for all steps together and for each step, with jackknife intervals over blocks.
     """
-    inner = products(found)
     batches = len(found[0]["inner"])
     own = torch.stack([part["inner"].mean(0) for part in found])  # of a batch with itself
     arms = coefficients(grid)
@@ -230,8 +286,7 @@ def described(found: Sequence[dict[str, Tensor]], grid: Sequence[float]) -> list
 
         def cosine(kept: Tensor, a: Tensor = a, one: Tensor = one) -> float:
             some = inner[kept][:, kept]
-            squared = between(some, a, a) * between(some, one, one)
-            return between(some, a, one) / squared**0.5 if squared > 0 else math.nan
+            return cosine_of(some, a, one)
 
         line = {"arm": name, "steps": place, "signal": listed(jackknife(len(found), signal))}
         if name != "k = 1":
@@ -250,7 +305,8 @@ def directions(
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(arm, "plain" or "adam", unit vector) of every arm's mean gradient m over all batches.
 
-    Adam's is m / (sqrt(mean g^2) + 1e-8), what its first step would be with moments of this batch.
+    Adam's is m / (sqrt(mean g^2) + 1e-8), g of single batches: its preconditioner in a steady
+    state. At one norm the two are steps of different kinds, not to be compared with each other.
     """
     n = sum(len(part["inner"]) for part in found)
     total = torch.stack([part["total"] for part in found]).sum(0).flatten(0, 1) / n
@@ -293,8 +349,14 @@ def moved(policy: Embedded, size: Size, d: Tensor, norm: float) -> dict[str, lis
 
 
 def gains(policy: Embedded, size: Size, found: Sequence[dict[str, Tensor]], path: Path) -> None:
-    """A line for every arm, direction and norm that the file lacks: {ODE steps: rewards}."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    """A line for every arm, direction and norm that the file lacks: {ODE steps: rewards}.
+
+    Raises ValueError for a line of another study.
+    """
+    own = identity(size)
+    lines = read_gains(path)
+    if any(line["study"] != own for line in lines):
+        raise ValueError(f"{path}: has lines of another study; give another --out")
     have = {(line["arm"], line["how"], line["norm"]) for line in lines}
     arms = list(directions(found, policy.grid(T).tolist()))
     todo: list[tuple[str, str, Tensor, float]] = [("start", "", arms[0][2], 0.0)]
@@ -303,15 +365,34 @@ def gains(policy: Embedded, size: Size, found: Sequence[dict[str, Tensor]], path
     bar = tqdm(missing, "steps along", initial=len(todo) - len(missing), total=len(todo))
     with path.open("a") as file:
         for name, how, d, norm in bar:
-            line = {"arm": name, "how": how, "norm": norm, "rewards": moved(policy, size, d, norm)}
+            line = {"study": own, "arm": name, "how": how, "norm": norm}
+            line["rewards"] = moved(policy, size, d, norm)
             file.write(json.dumps(line) + "\n")
             file.flush()
+
+
+def read_gains(path: Path) -> list[Line]:
+    """Lines of `gains`; none where there is no file. Raises ValueError for what is no such line."""
+    texts = path.read_text().splitlines() if path.exists() else []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines.append({name: line[name] for name in ("study", "arm", "how", "norm", "rewards")})
+        except (ValueError, KeyError, TypeError):
+            wanted = "must be a line of a study; remove it to go on"
+            raise ValueError(f"{path}, line {number}: {wanted}") from None
+    return lines
 
 
 def paired(
     lines: Sequence[Line], arm: str, beside: str, how: str, norm: float, steps: int
 ) -> Interval:
-    """Held-out reward after a step along one arm, less that along another, over prompts."""
+    """Held-out reward after a step along one arm, less that along another, over prompts.
+
+    Given the directions: that they are estimated, from finitely many batches, is not in the
+    interval, and at one norm a direction with more noise gains less for that alone.
+    """
     rows = {(line["arm"], line["how"], line["norm"]): line["rewards"][str(steps)] for line in lines}
     one = rows[arm, how, norm]
     other = rows["start", "", 0.0] if beside == "start" else rows[beside, how, norm]
@@ -323,6 +404,12 @@ def study(size: Size, out: Path, folder: Path) -> None:
     policy = Embedded()
     out.mkdir(parents=True, exist_ok=True)
     found = blocks(policy, size, folder)
-    lines = described(found, policy.grid(T).tolist())
-    (out / "gradients.json").write_text(json.dumps(lines, indent=1) + "\n")
+    grid = policy.grid(T).tolist()
+    inner = products(found)
+    arms = {
+        "study": identity(size),
+        "arms": described(found, inner, grid),
+        "cosines": cosines(inner, grid),
+    }
+    (out / "gradients.json").write_text(json.dumps(arms, indent=1) + "\n")
     gains(policy, size, found, out / "gains.jsonl")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 def student_tail(t: float, df: int) -> float:
     """P(|T| > t) of Student's t with df degrees of freedom, t >= 0."""
-    x = df / (df + t * t)
-    return float(mpmath.betainc(df / 2, 0.5, 0, x, regularized=True))
+    if t * t < df:  # where the tail is nearly 1 its complement is exact
+        return 1 - float(mpmath.betainc(0.5, df / 2, 0, t * t / (df + t * t), regularized=True))
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
 def student_quantile(level: float, df: int) -> float:
@@ -44,7 +45,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_0(self) -> bool:
-        """Whether a difference is claimed."""
+        """Whether 0 is outside, without correction for how many intervals there are."""
         return self.low > 0 or self.high < 0
 
 
@@ -78,13 +79,16 @@ def holm(p: Sequence[float]) -> list[float]:
 def seeds_needed(found: Interval, power: float = 0.8) -> int | None:
     """Pairs that show a difference of the size seen at 5 % with this power; None if it is 0.
 
-    The least n with n >= ((t_n + z) sd / mean)^2, z the normal quantile of the power.
+    The least n with n >= ((t_n + z) sd / mean)^2, z the normal quantile of the power. None also
+    beyond a million.
     """
     if found.mean == 0:
         return None
     sd = found.se * math.sqrt(found.n)
     normal = statistics.NormalDist().inv_cdf
     z = normal(power)
+    if abs(found.mean) < 0.003 * sd:
+        return None
     n = max(2, math.ceil(((normal(0.975) + z) * sd / found.mean) ** 2))  # t_n is larger: a start
     while n < ((student_quantile(0.05, n - 1) + z) * sd / found.mean) ** 2:
         n += 1

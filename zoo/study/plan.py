@@ -25,12 +25,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Contrast:
-    """arm minus beside, paired by seed."""
+    """A sum of outcomes of arms, each times a number, seed by seed: mostly an arm less another."""
 
     name: str
-    arm: str
-    beside: str
+    parts: tuple[tuple[float, str], ...]
     primary: bool = False
+    added: bool = False  # after the registration; docs/EVIDENCE.md says when
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(name for _, name in self.parts)
+
+
+def less(name: str, arm: str, beside: str, primary: bool = False, added: bool = False) -> Contrast:
+    """arm minus beside."""
+    return Contrast(name, ((1.0, arm), (-1.0, beside)), primary, added)
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,9 @@ CPS: tuple[str, ...] = ("--kernel", "cps")
 MORE: tuple[str, ...] = ("--prompts-per-iteration", "9")
 
 
-def stages(primary: int, secondary: int) -> tuple[tuple[Arm, ...], ...]:
+def stages(
+    primary: int, secondary: int, several: tuple[str, ...] = SEVERAL
+) -> tuple[tuple[Arm, ...], ...]:
     """In the order in which they are run. primary, secondary: how many seeds."""
     return (
         (
@@ -113,12 +125,15 @@ def stages(primary: int, secondary: int) -> tuple[tuple[Arm, ...], ...]:
             Arm("midpoint", "midpoint", MIDPOINT, primary),
         ),
         (
-            Arm("several k1", "k = 1, weight 1", K1 + SEVERAL, secondary),
-            Arm("several k1 gamma", "k = 1, weight Γ", S23 + GAMMA + SEVERAL, secondary),
-            Arm("several S23 level", "S = {2, 3}, weight 1", S23 + LEVEL + SEVERAL, secondary),
-            Arm("several S23", "S = {2, 3}, weight Γ: as printed", S23 + SEVERAL, secondary),
+            Arm("several k1", "k = 1, weight 1", K1 + several, secondary),
+            Arm("several k1 gamma", "k = 1, weight Γ", S23 + GAMMA + several, secondary),
+            Arm("several S23 level", "S = {2, 3}, weight 1", S23 + LEVEL + several, secondary),
+            Arm("several S23", "S = {2, 3}, weight Γ: as printed", S23 + several, secondary),
         ),
-        (Arm("k1 more", "k = 1, 9 prompts", K1 + MORE, secondary, rate_of="k1"),),
+        (
+            Arm("k1 more", "k = 1, 9 prompts", K1 + MORE, secondary, rate_of="k1"),
+            Arm("k1 gamma", "k = 1, weight Γ, single step", S23 + GAMMA, secondary, rate_of="k1"),
+        ),
         (Arm("uniform", "uniform u", MIDPOINT + UNIFORM, secondary),),
         (
             Arm("cps k1", "k = 1, cps", K1 + CPS, secondary),
@@ -127,19 +142,47 @@ def stages(primary: int, secondary: int) -> tuple[tuple[Arm, ...], ...]:
     )
 
 
+JACOBIAN_AT_1 = ((1.0, "several S23 level"), (-1.0, "several k1"))
+JACOBIAN_AT_GAMMA = ((1.0, "several S23"), (-1.0, "several k1 gamma"))
+WEIGHTS_OF_K1 = ((1.0, "several k1 gamma"), (-1.0, "several k1"))
+WEIGHTS_OF_S23 = ((1.0, "several S23"), (-1.0, "several S23 level"))
+
+
+def times(number: float, parts: tuple[tuple[float, str], ...]) -> tuple[tuple[float, str], ...]:
+    """The same difference, so many times."""
+    return tuple((number * count, name) for count, name in parts)
+
+
 CONTRASTS = (
-    Contrast("S = {2, 3} − k = 1", "S23", "k1", primary=True),
-    Contrast("midpoint − k = 1", "midpoint", "k1", primary=True),
-    Contrast("midpoint − S = {2, 3}", "midpoint", "S23"),
-    Contrast("S = {2, 3} − k = 1 with 9 prompts", "S23", "k1 more"),
-    Contrast("midpoint − k = 1 with 9 prompts", "midpoint", "k1 more"),
-    Contrast("uniform u − k = 1", "uniform", "k1"),
-    Contrast("3 steps: Jacobian, weights 1", "several S23 level", "several k1"),
-    Contrast("3 steps: Jacobian, weights Γ", "several S23", "several k1 gamma"),
-    Contrast("3 steps: weights, k = 1", "several k1 gamma", "several k1"),
-    Contrast("3 steps: weights, S = {2, 3}", "several S23", "several S23 level"),
-    Contrast("3 steps: S = {2, 3} as printed − k = 1", "several S23", "several k1"),
-    Contrast("cps: S = {2, 3} − k = 1", "cps S23", "cps k1"),
+    less("S = {2, 3} − k = 1", "S23", "k1", primary=True),
+    less("midpoint − k = 1", "midpoint", "k1", primary=True),
+    less("midpoint − S = {2, 3}", "midpoint", "S23"),
+    less("S = {2, 3} − k = 1 with 9 prompts", "S23", "k1 more"),
+    less("midpoint − k = 1 with 9 prompts", "midpoint", "k1 more"),
+    less("k = 1 with 9 prompts − k = 1", "k1 more", "k1", added=True),
+    less("k = 1 with weight Γ − k = 1", "k1 gamma", "k1", added=True),
+    less("uniform u − k = 1", "uniform", "k1"),
+    Contrast("3 steps: Jacobian, at weights 1", JACOBIAN_AT_1),
+    Contrast("3 steps: Jacobian, at weights Γ", JACOBIAN_AT_GAMMA),
+    Contrast("3 steps: weights Γ, with k = 1", WEIGHTS_OF_K1),
+    Contrast("3 steps: weights Γ, with S = {2, 3}", WEIGHTS_OF_S23),
+    less("3 steps: S = {2, 3} as printed − k = 1", "several S23", "several k1"),
+    Contrast(
+        "3 steps: Jacobian, mean of both",
+        times(0.5, JACOBIAN_AT_1) + times(0.5, JACOBIAN_AT_GAMMA),
+        added=True,
+    ),
+    Contrast(
+        "3 steps: weights Γ, mean of both",
+        times(0.5, WEIGHTS_OF_K1) + times(0.5, WEIGHTS_OF_S23),
+        added=True,
+    ),
+    Contrast(
+        "3 steps: interaction",
+        JACOBIAN_AT_GAMMA + times(-1.0, JACOBIAN_AT_1),
+        added=True,
+    ),
+    less("cps: S = {2, 3} − k = 1", "cps S23", "cps k1"),
 )
 
 LAPTOP = Plan(
@@ -155,10 +198,11 @@ LAPTOP = Plan(
     heldout=512,
 )
 
-# For a GPU: a grid of 16 steps, and twice the seeds.
+# For a GPU: a grid of 16 steps, and twice the seeds. Steps 1, 2 and 3 of 8 members are as many
+# rollout evaluations as step 2 of 24.
 GPU = Plan(
     "gpu",
-    stages(primary=24, secondary=16),
+    stages(24, 16, several=("--sde-steps", "1", "2", "3", "--group-size", "8")),
     CONTRASTS,
     seeds=tuple(range(300, 324)),
     search_seeds=(100, 101, 102, 103),
@@ -174,7 +218,7 @@ GPU = Plan(
 QUICK = Plan(
     "quick",
     ((Arm("k1", "k = 1", K1, 2), Arm("midpoint", "midpoint", MIDPOINT, 2)),),
-    (Contrast("midpoint − k = 1", "midpoint", "k1", primary=True),),
+    (less("midpoint − k = 1", "midpoint", "k1", primary=True),),
     seeds=(200, 201),
     search_seeds=(100,),
     rates=(2e-4,),

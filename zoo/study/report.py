@@ -7,7 +7,8 @@ python -m zoo.study report --figure docs/evidence.png
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from zoo import style
 from zoo.study import gradients
 from zoo.study.inference import Interval, holm, interval, seeds_needed
 from zoo.study.plan import Contrast, Plan
+from zoo.study.training import read
 
 Line = dict[str, Any]
 MINUS = "−"
@@ -26,10 +28,10 @@ MINUS = "−"
 
 
 class Difference(NamedTuple):
-    """arm minus beside at one number of ODE steps, over the seeds that both have."""
+    """A contrast at one number of ODE steps, over the seeds that all its arms have."""
 
     contrast: Contrast
-    rates: tuple[float, float]  # learning rates of the arm and of the one beside it
+    rates: tuple[float, ...]  # learning rates of its arms
     steps: int
     right: Interval
     rule: Interval
@@ -55,45 +57,45 @@ def difference(
     plan: Plan, lines: Sequence[Line], contrast: Contrast, rate: str, steps: int
 ) -> Difference | None:
     """None where fewer than two seeds have both arms."""
-    arm = by_seed(plan, lines, contrast.arm, rate)
-    beside = by_seed(plan, lines, contrast.beside, rate)
-    seeds = sorted(arm.keys() & beside.keys())
+    arms = {name: by_seed(plan, lines, name, rate) for name in contrast.arms}
+    seeds = sorted(set.intersection(*(set(own) for own in arms.values())))
     if len(seeds) < 2:
         return None
-    wanted = min(plan.arm(contrast.arm).seeds, plan.arm(contrast.beside).seeds)
 
-    def paired(of: Any) -> Interval:
-        return interval([of(arm[seed]) - of(beside[seed]) for seed in seeds])
+    def summed(of: Callable[[Line], float]) -> Interval:
+        return interval(
+            [sum(count * of(arms[name][seed]) for count, name in contrast.parts) for seed in seeds]
+        )
 
     def outcome(judge: str) -> Interval:
-        return paired(lambda line: line["heldout"][str(steps)][judge])
+        return summed(lambda line: line["heldout"][str(steps)][judge])
 
-    spread = paired(lambda line: line["diversity"]) if steps == plan.eval_steps[0] else None
-    complete = len(seeds) == wanted
-    rates = (arm[seeds[0]]["lr"], beside[seeds[0]]["lr"])
+    spread = summed(lambda line: line["diversity"]) if steps == plan.eval_steps[0] else None
+    complete = len(seeds) == min(plan.arm(name).seeds for name in contrast.arms)
+    rates = tuple(own[seeds[0]]["lr"] for own in arms.values())
     return Difference(contrast, rates, steps, outcome("right"), outcome("rule"), spread, complete)
 
 
 def differences(plan: Plan, lines: Sequence[Line]) -> Iterator[Difference]:
-    """Every contrast at every number of steps; those of common arms at the common rate too.
+    """Every contrast at every number of steps; the primary ones at the common rate too.
 
-    Where an arm's own rate is the common one these are the same, and given once.
+    Where the arms' own rates are the common one these are the same, and given once.
     """
     for contrast in plan.contrasts:
         for steps in sorted(plan.eval_steps):
             own = difference(plan, lines, contrast, "own", steps)
             if own:
                 yield own
-            if {contrast.arm, contrast.beside} <= set(plan.common_arms):
+            if contrast.primary:
                 common = difference(plan, lines, contrast, "common", steps)
                 if common and own and common.rates != own.rates:
                     yield common
 
 
 def is_own(plan: Plan, lines: Sequence[Line], one: Difference) -> bool:
-    """Whether both arms have their own rates."""
-    arms = (one.contrast.arm, one.contrast.beside)
-    owned = tuple(next(iter(by_seed(plan, lines, arm, "own").values()))["lr"] for arm in arms)
+    """Whether all arms have their own rates."""
+    names = dict.fromkeys(one.contrast.arms)
+    owned = tuple(next(iter(by_seed(plan, lines, name, "own").values()))["lr"] for name in names)
     return one.rates == owned
 
 
@@ -109,6 +111,20 @@ def corrected(plan: Plan, lines: Sequence[Line]) -> dict[str, float]:
         return {}
     names = [one.contrast.name for one in found]
     return dict(zip(names, holm([one.right.p for one in found]), strict=True))
+
+
+def decides(plan: Plan, lines: Sequence[Line], one: Difference) -> bool:
+    """Whether this is one of the differences that decide: primary, at own rates and main steps."""
+    at_main = one.steps == plan.eval_steps[0]
+    return one.contrast.primary and at_main and is_own(plan, lines, one)
+
+
+def is_shown(plan: Plan, lines: Sequence[Line], one: Difference) -> bool:
+    """Whether a difference is claimed: by Holm's p where it decides, else by its interval."""
+    p = corrected(plan, lines)
+    if p and decides(plan, lines, one):
+        return p[one.contrast.name] < 0.05
+    return one.right.excludes_0
 
 
 def signed(value: float) -> str:
@@ -127,8 +143,9 @@ def arms_table(plan: Plan, lines: Sequence[Line]) -> list[str]:
     head = ["arm", "rate", "seeds", *(f"right, {n} steps" for n in steps_list)]
     head += [f"rule, {plan.eval_steps[0]} steps", "diversity"]
     rows = []
-    start = next(line for line in lines if line["role"] == "before")
-    rows.append(["before", "", "", *outcomes(plan, [start])])
+    start = [line for line in lines if line["role"] == "before"]
+    if start:
+        rows.append(["before", "", "", *outcomes(plan, start)])
     for arm in plan.arms:
         own = by_seed(plan, lines, arm.name, "own")
         if own:
@@ -156,10 +173,12 @@ def differences_table(plan: Plan, lines: Sequence[Line]) -> list[str]:
     p = corrected(plan, lines)
     for one in differences(plan, lines):
         name = one.contrast.name
-        if name in p and one.steps == plan.eval_steps[0] and is_own(plan, lines, one):
+        if p and decides(plan, lines, one):
             name = f"**{name}** (decides: p = {p[name]:.4f} by Holm)"
+        if one.contrast.added:
+            name += " (added)"
         seeds = str(one.right.n) + ("" if one.complete else " so far")
-        needed = "" if one.right.excludes_0 else str(seeds_needed(one.right) or "")
+        needed = "" if is_shown(plan, lines, one) else str(seeds_needed(one.right) or "")
         spread = bounds(one.diversity) if one.diversity else ""
         right, rule = bounds(one.right), bounds(one.rule)
         rates = " and ".join(f"{rate:g}" for rate in dict.fromkeys(one.rates))
@@ -196,6 +215,16 @@ def gradients_table(lines: Sequence[Line]) -> list[str]:
     return table(head, rows)
 
 
+def cosines_table(cosines: dict[str, dict[str, float | None]]) -> list[str]:
+    """Of every pair of arms, all steps together."""
+    names = list(cosines)
+    rows = []
+    for name, own in cosines.items():
+        cells = [own[other] for other in names]
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in cells)])
+    return table(["", *names], rows)
+
+
 def gains_table(lines: Sequence[Line], norm: float) -> list[str]:
     """Held-out reward after a step of this norm: the gain of k = 1, and the others less it."""
     steps_list = sorted(map(int, next(iter(lines))["rewards"]))
@@ -215,24 +244,22 @@ def gains_table(lines: Sequence[Line], norm: float) -> list[str]:
 # ---- All of it -----------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Of a file of JSON lines; none where there is no file."""
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-
 def report(plan: Plan, folder: Path) -> str:
     """Every table that there are results for."""
     parts = []
-    trained = read_lines(folder / f"train-{plan.name}.jsonl")
+    trained = read(folder / f"train-{plan.name}.jsonl", plan)
     if trained:
         parts += ["Study B, arms", *arms_table(plan, trained), ""]
         parts += ["Study B, paired differences", *differences_table(plan, trained), ""]
     described = folder / "gradients.json"
     if described.exists():
-        parts += ["Study A, gradients", *gradients_table(json.loads(described.read_text())), ""]
-    gained = read_lines(folder / "gains.jsonl")
+        found = json.loads(described.read_text())
+        parts += ["Study A, gradients", *gradients_table(found["arms"]), ""]
+        parts += ["Study A, cosines of expected gradients", *cosines_table(found["cosines"]), ""]
+    gained = gradients.read_gains(folder / "gains.jsonl")
     for norm in sorted({line["norm"] for line in gained} - {0.0}):
-        if len([line for line in gained if line["norm"] == norm]) == 2 * 9:
+        own = {(line["arm"], line["how"]) for line in gained if line["norm"] == norm}
+        if own == set(product(gradients.ARMS, ("plain", "adam"))):
             parts += [f"Study A, a step of norm {norm:g}", *gains_table(gained, norm), ""]
     return "\n".join(parts)
 
@@ -247,7 +274,7 @@ def draw_differences(plan: Plan, lines: Sequence[Line]) -> Figure:
         1.6 + 0.5 * len(names),
         "What S, the weights and the midpoint change, paired by seed",
         "Share of held-out pictures that are right in everything: difference and 95 % interval,\n"
-        "by number of ODE steps. Bold: what decides. Filled: the interval excludes 0.",
+        "by number of ODE steps. Bold: what decides. Filled: other than 0 (bold by Holm's p).",
     )
     ax = figure.subplots()
     ax.axvline(0, color=style.INK, linewidth=1)
@@ -258,7 +285,7 @@ def draw_differences(plan: Plan, lines: Sequence[Line]) -> Figure:
                 continue
             y = names.index(one.contrast.name) + 0.22 * (j - (len(steps_list) - 1) / 2)
             ax.plot([one.right.low, one.right.high], [y, y], color=colour)
-            face = colour if one.right.excludes_0 else "white"
+            face = colour if is_shown(plan, lines, one) else "white"
             ax.plot(one.right.mean, y, "o", color=colour, markerfacecolor=face, zorder=3)
         ax.plot([], [], "o-", color=colour, label=f"{steps} steps")
     bold = {contrast.name for contrast in plan.contrasts if contrast.primary}

@@ -34,6 +34,10 @@ class Failed(Exception):
     """A run that ended otherwise than it should; its last line says why."""
 
 
+class Diverged(Failed):
+    """One whose rewards were no longer finite."""
+
+
 def command_of(plan: Plan, run: Run, threads: int) -> list[str]:
     """The flags of train.py for a run. Its own judging is cut down: evaluate judges instead."""
     own = ["--seed", str(run.seed), "--lr", str(run.lr), "--threads", str(threads)]
@@ -42,14 +46,18 @@ def command_of(plan: Plan, run: Run, threads: int) -> list[str]:
 
 
 def program(arguments: Sequence[str], threads: int) -> str:
-    """What a program of this repository prints. Raises Failed for a status other than 0."""
+    """What a program of this repository prints. Raises Failed for a status other than 0.
+
+    Diverged, where what it says last is that numbers are not finite.
+    """
     environment = {**os.environ, **HEAP, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise Failed(f"{shlex.join(arguments)}: {''.join(said)}")
+        kind = Diverged if "not finite" in "".join(said) else Failed
+        raise kind(f"{shlex.join(arguments)}: {''.join(said)}")
     return done.stdout
 
 
@@ -65,9 +73,20 @@ def judged(plan: Plan, checkpoint: Path, steps: Sequence[int], threads: int) -> 
 
 
 def execute(plan: Plan, run: Run, threads: int) -> Line:
-    """Train and judge; the line of a finished run."""
+    """Train and judge; the line of a run. One that diverges has every outcome 0, as registered."""
     steps = plan.eval_steps[:1] if run.role == "search" else plan.eval_steps
     command = command_of(plan, run, threads)
+    told = shlex.join(["python", "train.py", *command])
+    line = {"plan": plan.name, **vars(run), "commit": commit(), "command": told}
+    try:
+        return line | trained(plan, command, steps, threads)
+    except Diverged as problem:
+        nothing = {str(n): {"right": 0.0, "rule": 0.0} for n in steps}
+        return line | {"diverged": str(problem), "heldout": nothing, "family": {}, "diversity": 0.0}
+
+
+def trained(plan: Plan, command: Sequence[str], steps: Sequence[int], threads: int) -> Line:
+    """What a run left, and how it was judged."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         program(["train.py", *command, "--out", str(out)], threads)
@@ -77,15 +96,11 @@ def execute(plan: Plan, run: Run, threads: int) -> Line:
         found = judged(plan, out / "checkpoint.safetensors", steps, threads)
     rewards = [line["reward"] for line in metrics if "reward" in line]
     return {
-        "plan": plan.name,
-        **vars(run),
         **found,
         "rewards": rewards,
         "seconds": summary["seconds"],
         "device": summary["device"],
         "versions": summary["versions"],
-        "commit": commit(),
-        "command": shlex.join(["python", "train.py", *command]),
         "config": {name: value for name, value in config.items() if name != "out"},
     }
 
@@ -101,19 +116,45 @@ def before(plan: Plan, threads: int) -> Line:
 
 
 def commit() -> str:
-    """The commit of the working tree, with -dirty if it differs; "" outside a repository."""
-    told = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+    """The commit of the working tree, with -dirty if more than results differ; "" without git."""
+    tree = ["--", ".", ":!zoo/study/results"]
+    head, changes = (
+        subprocess.run(["git", *told], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for told in (["rev-parse", "--short=12", "HEAD"], ["diff", "HEAD", "--stat", *tree])
+    )
+    return head + ("-dirty" if changes else "")
 
 
 def read(path: Path, plan: Plan) -> list[Line]:
-    """The lines of a plan. Raises ValueError for a line of another plan."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for line in lines:
-        if line["plan"] != plan.name:
-            raise ValueError(f"{path}: is of the plan {line['plan']!r}, must be of {plan.name!r}")
+    """The lines of a file; none where there is no file.
+
+    Raises ValueError, in one line, for what is no line of the plan as it is now.
+    """
+    lines = []
+    texts = path.read_text().splitlines() if path.exists() else []
+    for number, text in enumerate(texts, 1):
+        place = f"{path}, line {number}"
+        try:
+            line = json.loads(text)
+            name, role = line["plan"], line["role"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{place}: must be a line of a study; remove it to go on") from None
+        if name != plan.name:
+            raise ValueError(f"{place}: is of the plan {name!r}, must be of {plan.name!r}")
+        if role != "before":
+            check_command(plan, line, place)
+        lines.append(line)
     return lines
+
+
+def check_command(plan: Plan, line: Line, place: str) -> None:
+    """A run was started as the plan would start it now; on how many threads may differ."""
+    found = shlex.split(line["command"])[2:]
+    threads = int(found[found.index("--threads") + 1])
+    if line["arm"] not in [arm.name for arm in plan.arms]:
+        raise ValueError(f"{place}: is of the arm {line['arm']!r}, which the plan lacks")
+    if found != command_of(plan, key(line), threads):
+        raise ValueError(f"{place}: {line['command']!r} must be what the plan has for {key(line)}")
 
 
 def key(line: Line) -> Run:

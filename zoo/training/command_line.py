@@ -173,6 +173,13 @@ def check_together(o: Options) -> None:
     if o.step_weights in ("gamma", "level") and not WITH_PAPER_TERMS.holds(o):
         wanted = f"one or noise, being read only {WITH_PAPER_TERMS.words}"
         raise refusal(o, "step_weights", wanted)
+    weighed = o.step_weights in ("gamma", "level") or o.term_weights == "rescaled"
+    if weighed and o.ratio_norm:
+        why = "whose (c_1/c_k)^2 is that of plain ratios"
+        raise ValueError(f"--ratio-norm: must be left out with Gamma or rescaled terms, {why}")
+    if o.window_every >= o.iterations:
+        wanted = f"below --iterations {o.iterations}, or the stochastic steps never move"
+        raise refusal(o, "window_every", wanted)
     if o.model and not o.prompts:
         raise refusal(o, "prompts", "given with --model")
     if bool(o.eval_prompts) != bool(o.prompts):

@@ -13,8 +13,9 @@ A line of compare.jsonl is of one stochastic step and one k of S:
                 on the whole; parts add up to 1
 
 In the matched form member, group and weight are 1 by construction. null stands where a gradient is
-zero. Gradients are of what is trained, in the run's form and
-reduction, without clip and KL, and means over ranks. Nothing of the run is changed.
+zero. Gradients are of what is trained, in the run's form and reduction, and means over ranks;
+without clip, KL, ratio normalisation and the weights of terms and steps, so that k-terms are also
+compared where --step-weights gamma leaves them out. Nothing of the run is changed.
 """
 
 from __future__ import annotations

@@ -31,6 +31,13 @@ ROLLOUTS = {
 }
 
 
+ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "standardised": pave.group_advantages,
+    # The clamp is one of standardised advantages: rewards have any scale.
+    "centred": partial(pave.group_advantages, clamp=None, standardise=False),
+}
+
+
 class Rule(NamedTuple):
     """A condition, in words and as a test."""
 
@@ -261,21 +268,21 @@ class Options:
     )
     term_weights: str = method(
         "printed",
-        "weights of the k-terms: 1/|S|, or rescaled by (c_k/c_1)^2, which they then have in effect",
+        "weights of the k-terms: 1/|S|, or rescaled: times (c_k/c_1)^2, so that 1/|S| is in effect",
         only=WITH_PAPER_TERMS,
         choices=("printed", "rescaled"),
     )
     step_weights: str = method(
         "one",
-        "weights of the stochastic steps: one; level: 1/Gamma (E12), so that with S every step "
-        "weighs alike; gamma: Gamma on the original term, without k-terms; noise: in proportion to "
-        "the step's std (TempFlow-GRPO)",
+        "weights of the stochastic steps. one: alike; noise: in proportion to their std "
+        "(TempFlow-GRPO). Of Gamma, which S makes a step weigh (E12), level: terms over Gamma; "
+        "gamma: the original term times Gamma, without k-terms",
         choices=("one", "level", "gamma", "noise"),
     )
     advantages: str = method(
         "standardised",
         "rewards less the group's mean, over its std or as they are (Dr.GRPO)",
-        choices=("standardised", "centred"),
+        choices=tuple(ADVANTAGES),
     )
     ratio_norm: bool = method(
         False, "centre log-ratios and scale them by the step's std (GRPO-Guard)"
@@ -425,7 +432,7 @@ def stochastic_steps(o: Options, policy: policies.Policy, iteration: int = 1) ->
 
 
 def windows(first: tuple[int, ...], able: Sequence[int], by: int) -> list[tuple[int, ...]]:
-    """first, and where it gets in moves of `by` while all its steps are able to be stochastic."""
+    """first, and where it gets in moves of `by`, not 0, while all its steps are among `able`."""
     places = [first]
     while set(moved := tuple(i + by for i in places[-1])) <= set(able):
         places.append(moved)
@@ -441,12 +448,15 @@ def weights_of(o: Options, process: pave.Process, steps: Sequence[int]) -> dict[
     """{k: w_k [n]} of the loss, for every k in it and every stochastic step.
 
     w_1 = 1 and w_k = 1/|S|, or (c_k/c_1)^2/|S| if rescaled. A step's weight in effect is
-    Gamma = 1 + sum_k w_k (c_1/c_k)^2 (E12). Then all of a step's are divided by Gamma (level), or
-    times c_1 / mean c_1 over the steps (noise); or w_1 = Gamma alone (gamma).
+    Gamma = 1 + sum_k w_k (c_1/c_k)^2 (E12). Then the weights of a step are divided by Gamma
+    (level), or multiplied by c_1 over its mean of all steps that can be stochastic (noise); or
+    there is w_1 = Gamma alone (gamma).
     """
     index = torch.tensor(steps)
     t, s = process.grid[index], process.grid[index + 1]
     c_1 = process.coefficients(t, s).std
+    able = torch.tensor(process.stochastic_steps())
+    every = process.coefficients(process.grid[able], process.grid[able + 1]).std
     weights = {1: torch.ones_like(c_1)}
     gamma = torch.ones_like(c_1)
     for k in o.factors:
@@ -457,5 +467,5 @@ def weights_of(o: Options, process: pave.Process, steps: Sequence[int]) -> dict[
         gamma = gamma + weights[k] * scale
     if o.step_weights == "gamma":
         return {1: gamma}
-    per_step = {"one": torch.ones_like(c_1), "level": 1 / gamma, "noise": c_1 / c_1.mean()}
+    per_step = {"one": torch.ones_like(c_1), "level": 1 / gamma, "noise": c_1 / every.mean()}
     return {k: w * per_step[o.step_weights] for k, w in weights.items()}
