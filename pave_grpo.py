@@ -453,9 +453,9 @@ def group_advantages(
     r = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = r - r.mean(-1, keepdim=True)
     equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)
-    std = r.std(-1, correction=ddof, keepdim=True) + eps
-    scale = torch.where(equal, 1, std) if standardise else torch.ones_like(std)
-    A = torch.where(equal, 0, centred / scale)
+    std = r.std(-1, correction=ddof, keepdim=True)
+    scale = std + eps if standardise else torch.ones_like(std)
+    A = torch.where(equal, 0, centred / torch.where(equal, 1, scale))
     return A if clamp is None else A.clamp(-clamp, clamp)
 
 

@@ -1,6 +1,7 @@
 """The report: paired by seed, at the right rate and steps, decided only when all is there."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
@@ -8,6 +9,7 @@ from matplotlib import pyplot
 from zoo.study import report
 from zoo.study.inference import holm, interval
 from zoo.study.plan import LAPTOP, Arm, less
+from zoo.study.training import read
 
 ARMS = (Arm("a", "arm A", (), 3), Arm("b", "arm B", (), 3), Arm("c", "arm C", (), 2))
 PLAN = replace(
@@ -110,3 +112,18 @@ def test_the_figure_has_every_difference_once():
 def test_what_is_missing_is_left_out(tmp_path):
     """No file, no table."""
     assert report.report(PLAN, tmp_path) == ""
+
+
+def test_the_page_has_the_tables_of_the_results():
+    """Every row that is complete, as it is printed; and no other."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs/EVIDENCE.md").read_text()
+    section = page.split("\n## Study B")[1].split("\n## ")[0]
+    told = [row for row in section.splitlines() if row.startswith("|")]
+    lines = read(root / "zoo/study/results/train-laptop.jsonl", LAPTOP)
+    done = {arm.name for arm in LAPTOP.arms
+            if len(report.by_seed(LAPTOP, lines, arm.name, "own")) == arm.seeds}  # fmt: skip
+    whole = [line for line in lines if line["role"] == "before" or line["arm"] in done]
+    rows = report.arms_table(LAPTOP, whole) + report.differences_table(LAPTOP, whole)
+    assert {"k1", "S23", "midpoint"} <= done and not any("so far" in row for row in rows)
+    assert told == rows
