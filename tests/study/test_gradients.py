@@ -10,7 +10,7 @@ import torch
 
 import pave_grpo as pave
 from zoo.oracle import theory
-from zoo.study import gradients
+from zoo.study import gradients, report
 from zoo.study.__main__ import main
 from zoo.training.policies import Embedded
 from zoo.training.prompts import Prompts
@@ -292,5 +292,27 @@ def test_the_quick_study_runs_and_goes_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(command)
     assert "block-2.safetensors: cannot be read" in capsys.readouterr().err
-    main(["report", "--results", str(out)])
-    assert "Study A, a step of norm 0.05" in capsys.readouterr().out
+    main(["report", "--results", str(out), "--figures", str(tmp_path)])
+    assert "Study A, a step of norm 0.05, adam" in capsys.readouterr().out
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
+    seen_in_the_figure(out)
+
+
+def seen_in_the_figure(out):
+    """Every signal, every cosine there is, and every gain beside k = 1 has its mark."""
+    found = json.loads((out / "gradients.json").read_text())
+    lines = gradients.read_gains(out / "gains.jsonl")
+    figure = report.draw_gradients(found, lines, "plain", 0.05)
+    marks = []
+    for ax in figure.axes:
+        drawn = [z for z in ax.lines if z.get_marker() == "o" and len(z.get_xdata())]
+        marks.append(sorted(float(z.get_xdata()[0]) for z in drawn))
+    whole = [line for line in found["arms"] if line["steps"] == "all"]
+    assert marks[0] == sorted(line["signal"]["mean"] for line in whole if line["signal"])
+    assert marks[1] == sorted(line["cosine"]["mean"] for line in whole if line.get("cosine"))
+    gains = [
+        gradients.paired(lines, arm, "k = 1", "plain", 0.05, steps).mean
+        for arm in gradients.ARMS[1:]
+        for steps in (1, 2)
+    ]
+    assert marks[2] == sorted(gains)

@@ -95,20 +95,20 @@ def command_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--plan", choices=tuple(PLANS), default="laptop", help="of Study B (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="their folder; default: zoo/study/results")
-    add("--figure", type=Path, help="file of a figure to write, of Study B")
+    add("--figures", type=Path, help="folder for evidence.png (B) and gradients.png (A)")
     parser.set_defaults(do=do_report)
 
 
 def do_report(options: argparse.Namespace) -> None:
-    """Print the tables; draw the figure if one is asked for."""
+    """Print the tables; draw figures if a folder is given."""
     plan = PLANS[options.plan]
     told = report.report(plan, options.results)
     if not told:
         raise ValueError(f"--results {options.results}: must hold results of the plan {plan.name}")
-    if options.figure:
-        lines = training.read(options.results / f"train-{plan.name}.jsonl", plan)
-        report.draw_differences(plan, lines).savefig(options.figure, dpi=style.DPI)
     print(told)
+    if options.figures:
+        for name, figure in report.figures(plan, options.results):
+            figure.savefig(options.figures / name, dpi=style.DPI)
 
 
 if __name__ == "__main__":

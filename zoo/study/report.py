@@ -1,7 +1,7 @@
 """What the studies found, as tables and one figure; docs/EVIDENCE.md has them.
 
 python -m zoo.study report                prints the tables
-python -m zoo.study report --figure docs/evidence.png
+python -m zoo.study report --figures docs
 """
 
 from __future__ import annotations
@@ -225,20 +225,18 @@ def cosines_table(cosines: dict[str, dict[str, float | None]]) -> list[str]:
     return table(["", *names], rows)
 
 
-def gains_table(lines: Sequence[Line], norm: float) -> list[str]:
-    """Held-out reward after a step of this norm: the gain of k = 1, and the others less it."""
+def gains_table(lines: Sequence[Line], norm: float, how: str) -> list[str]:
+    """Held-out reward after a step of this norm: the gain of k = 1, and the others less it.
+
+    how: along the mean gradient ("plain"), or with Adam's preconditioner ("adam").
+    """
     steps_list = sorted(map(int, next(iter(lines))["rewards"]))
-    head = ["arm", *(f"{how}, {n} steps" for how in ("plain", "adam") for n in steps_list)]
     rows = []
-    for arm in dict.fromkeys(line["arm"] for line in lines if line["arm"] != "start"):
+    for arm in gradients.ARMS:
         beside = "start" if arm == "k = 1" else "k = 1"
-        cells = [
-            bounds(gradients.paired(lines, arm, beside, how, norm, n))
-            for how in ("plain", "adam")
-            for n in steps_list
-        ]
-        rows.append([f"{arm} {MINUS} {beside}", *cells])
-    return table(head, rows)
+        found = [gradients.paired(lines, arm, beside, how, norm, n) for n in steps_list]
+        rows.append([f"{arm} {MINUS} {beside}", *map(bounds, found)])
+    return table(["difference", *(f"{n} steps" for n in steps_list)], rows)
 
 
 # ---- All of it -----------------------------------------------------------------------------------
@@ -257,11 +255,34 @@ def report(plan: Plan, folder: Path) -> str:
         parts += ["Study A, gradients", *gradients_table(found["arms"]), ""]
         parts += ["Study A, cosines of expected gradients", *cosines_table(found["cosines"]), ""]
     gained = gradients.read_gains(folder / "gains.jsonl")
-    for norm in sorted({line["norm"] for line in gained} - {0.0}):
-        own = {(line["arm"], line["how"]) for line in gained if line["norm"] == norm}
-        if own == set(product(gradients.ARMS, ("plain", "adam"))):
-            parts += [f"Study A, a step of norm {norm:g}", *gains_table(gained, norm), ""]
+    for norm in complete_norms(gained):
+        for how in ("plain", "adam"):
+            title = f"Study A, a step of norm {norm:g}, {how}"
+            parts += [title, *gains_table(gained, norm, how), ""]
     return "\n".join(parts)
+
+
+def complete_norms(gained: Sequence[Line]) -> list[float]:
+    """Those at which a step was made along every arm, plain and with Adam's preconditioner."""
+    wanted = set(product(gradients.ARMS, ("plain", "adam")))
+    norms = sorted({line["norm"] for line in gained} - {0.0})
+    return [
+        norm
+        for norm in norms
+        if {(line["arm"], line["how"]) for line in gained if line["norm"] == norm} == wanted
+    ]
+
+
+def figures(plan: Plan, folder: Path) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of each study that there are results for; of Study A at its middle norm."""
+    trained = read(folder / f"train-{plan.name}.jsonl", plan)
+    if any(True for _ in differences(plan, trained)):
+        yield "evidence.png", draw_differences(plan, trained)
+    gained = gradients.read_gains(folder / "gains.jsonl")
+    norms = complete_norms(gained)
+    if norms:
+        found = json.loads((folder / "gradients.json").read_text())
+        yield "gradients.png", draw_gradients(found, gained, "adam", norms[len(norms) // 2])
 
 
 @style.styled
@@ -295,4 +316,42 @@ def draw_differences(plan: Plan, lines: Sequence[Line]) -> Figure:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+@style.styled
+def draw_gradients(found: Line, lines: Sequence[Line], how: str, norm: float) -> Figure:
+    """Of every arm: share of signal, cosine with k = 1, and what a step is worth beside k = 1's."""
+    arms = list(gradients.ARMS)
+    by_arm = {line["arm"]: line for line in found["arms"] if line["steps"] == "all"}
+    steps_list = sorted(map(int, next(iter(lines))["rewards"]))
+    along = {"plain": "along the gradient", "adam": "with Adam's preconditioner"}[how]
+    figure = style.canvas(
+        1.8 + 0.42 * len(arms),
+        "What each arm's expected gradient is, and what a step along it is worth",
+        "At the shipped model, all four steps, 95 % intervals. Left: share of signal in a batch's\n"
+        "gradient. Middle: cosine with that of k = 1. Right: held-out reward after a step of\n"
+        f"norm {norm:g} {along}, less that of k = 1, by number of ODE steps.",
+    )
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    for y, arm in enumerate(arms):
+        for ax, name in ((left, "signal"), (middle, "cosine")):
+            one = by_arm[arm].get(name)
+            if one:
+                ax.plot([one["low"], one["high"]], [y, y], color=style.PALETTE[0])
+                ax.plot(one["mean"], y, "o", color=style.PALETTE[0])
+        for j, steps in enumerate(steps_list if arm != "k = 1" else ()):
+            gain = gradients.paired(lines, arm, "k = 1", how, norm, steps)
+            place = y + 0.18 * (j - (len(steps_list) - 1) / 2)
+            right.plot([gain.low, gain.high], [place, place], color=style.PALETTE[j], linewidth=1.5)
+            right.plot(gain.mean, place, "o", color=style.PALETTE[j], markersize=4)
+    for j, steps in enumerate(steps_list):
+        right.plot([], [], "o-", color=style.PALETTE[j], label=f"{steps} steps")
+    right.axvline(0, color=style.INK, linewidth=1)
+    right.legend(fontsize=7, frameon=False)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    for ax, title in ((left, "share of signal"), (middle, "cosine"), (right, "reward")):
+        ax.set_title(title)
+        ax.grid(axis="y", visible=False)
     return figure
