@@ -1,6 +1,11 @@
 """Ranks: who does what, how all stop together, what is averaged; two of them are two threads."""
 
+import os
+import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,6 +17,7 @@ from zoo.training import ranks as ranks_module
 from zoo.training.ranks import Ranks, Stopped, fail, place, stopping
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def test_values_are_gathered_in_the_order_of_ranks(monkeypatch):
@@ -155,3 +161,40 @@ def test_a_stop_is_one_line_after_the_traceback_of_others(cause, traced, monkeyp
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.endswith("error: the reward failed\n")
     assert ("KeyError: 'theirs'" in err) == traced and (traced or err.count("\n") == 1)
+
+
+ALONE = """
+import os, torch
+from zoo.training.ranks import Ranks
+ranks = Ranks.start("cpu", 1)
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+ranks.gather(0)
+torch.optim.AdamW([p]).step()
+ranks.stop()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print("left:", [name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux")
+def test_no_thread_of_the_group_outlives_it():
+    """One that ends while Python does can abort a finished run."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE], env={**os.environ, **place, "RANK": rank}, **how
+        )
+        for rank in "01"
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out == "left: []\n", err
+
+
+def free_port():
+    """A TCP port that is free now."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

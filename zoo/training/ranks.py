@@ -15,6 +15,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+# Its functions have the process group of the moment as a default argument. Imported later, by
+# torch's own optimisers, they would keep the group's threads alive beyond `Ranks.stop`, and one of
+# them that ends while Python does aborts the process: a finished run with an exit status of -6.
+import torch.distributed.nn.functional
+
 T = TypeVar("T")
 
 
