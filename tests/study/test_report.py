@@ -109,6 +109,15 @@ def test_the_figure_has_every_difference_once():
     pyplot.close("all")
 
 
+def test_a_run_that_diverged_is_named(tmp_path, monkeypatch):
+    """With its arm and seed, below the tables."""
+    lines = [*lines_of(RIGHT), line("judged", "c", 2e-4, 205, 0.0) | {"diverged": "not finite"}]
+    monkeypatch.setattr(report, "read", lambda *_: lines)
+    assert "diverged, with every outcome 0: c, seed 205\n" in report.report(PLAN, tmp_path)
+    monkeypatch.setattr(report, "read", lambda *_: lines[:-1])
+    assert "diverged" not in report.report(PLAN, tmp_path)
+
+
 def test_what_is_missing_is_left_out(tmp_path):
     """No file, no table."""
     assert report.report(PLAN, tmp_path) == ""

@@ -45,7 +45,7 @@ def less(name: str, arm: str, beside: str, primary: bool = False, added: bool = 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of train.py. role: "search" (of a rate), "judged" (at it), "common" (at COMMON)."""
+    """One run of train.py. role: "search" of a rate, "judged" at it, "common" at Plan.common."""
 
     role: str
     arm: str

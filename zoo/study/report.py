@@ -1,4 +1,4 @@
-"""What the studies found, as tables and one figure; docs/EVIDENCE.md has them.
+"""What the studies found, as tables and two figures; docs/EVIDENCE.md has them.
 
 python -m zoo.study report                prints the tables
 python -m zoo.study report --figures docs
@@ -40,17 +40,16 @@ class Difference(NamedTuple):
 
 
 def by_seed(plan: Plan, lines: Sequence[Line], arm: str, rate: str) -> dict[int, Line]:
-    """An arm's judged lines, at its own rate or at the common one."""
-    own = {
-        line["seed"]: line for line in lines if (line["role"], line.get("arm")) == ("judged", arm)
-    }
+    """An arm's judged lines, at its own rate ("own") or at the common one ("common")."""
+    found = [line for line in lines if line["role"] != "before" and line["arm"] == arm]
+    own = {line["seed"]: line for line in found if line["role"] == "judged"}
     if rate == "own":
         return own
-    common = {
-        line["seed"]: line for line in lines if (line["role"], line.get("arm")) == ("common", arm)
+    return {
+        line["seed"]: line
+        for line in found
+        if line["role"] in ("judged", "common") and line["lr"] == plan.common
     }
-    at_common = {seed: line for seed, line in own.items() if line["lr"] == plan.common}
-    return at_common | common
 
 
 def difference(
@@ -187,9 +186,12 @@ def differences_table(plan: Plan, lines: Sequence[Line]) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Of Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return [line.replace("|  |", "| |").replace("|  |", "| |") for line in lines]
+    """Of Markdown, a line for each row."""
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [f" {cell} " if cell else " " for cell in row]
+        lines.append("|" + "|".join(cells) + "|")
+    return lines
 
 
 # ---- Study A -------------------------------------------------------------------------------------
@@ -249,6 +251,9 @@ def report(plan: Plan, folder: Path) -> str:
     if trained:
         parts += ["Study B, arms", *arms_table(plan, trained), ""]
         parts += ["Study B, paired differences", *differences_table(plan, trained), ""]
+        lost = [f"{line['arm']}, seed {line['seed']}" for line in trained if "diverged" in line]
+        if lost:
+            parts += [f"diverged, with every outcome 0: {'; '.join(lost)}", ""]
     described = folder / "gradients.json"
     if described.exists():
         found = json.loads(described.read_text())

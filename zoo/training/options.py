@@ -433,9 +433,11 @@ def stochastic_steps(o: Options, policy: policies.Policy, iteration: int = 1) ->
 
 def windows(first: tuple[int, ...], able: Sequence[int], by: int) -> list[tuple[int, ...]]:
     """first, and where it gets in moves of `by`, not 0, while all its steps are among `able`."""
-    places = [first]
-    while set(moved := tuple(i + by for i in places[-1])) <= set(able):
-        places.append(moved)
+    places = []
+    place = first
+    while set(place) <= set(able):
+        places.append(place)
+        place = tuple(i + by for i in place)
     return places
 
 
