@@ -1,5 +1,6 @@
 """Study B: what is run, what is kept, and going on where it stopped."""
 
+import concurrent.futures
 import json
 import threading
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_a_study_that_failed_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert sorted({run.seed for run in runs if run.role == "judged"}) == list(LAPTOP.seeds)
     training.study(LAPTOP, path, workers=1, threads=1, stages=1)
     assert lines_of(path) == lines
+
+
+def test_a_run_that_ends_together_with_one_that_fails_is_kept(tmp_path, monkeypatch):
+    """Whichever of those that are done at once is looked at first."""
+    path = tmp_path / "lines.jsonl"
+
+    def failures_first(waiting, return_when):
+        done = sorted(concurrent.futures.wait(waiting).done, key=lambda run: not run.exception())
+        return done, set()
+
+    monkeypatch.setattr(training, "program", Programs(fail_at=2))
+    monkeypatch.setattr(training, "wait", failures_first)
+    with pytest.raises(training.Failed, match="it failed"):
+        training.study(LAPTOP, path, workers=2, threads=1, stages=1)
+    assert [line["role"] for line in lines_of(path)] == ["before", "search"]
 
 
 def test_the_search_is_judged_with_the_first_number_of_steps_alone(tmp_path, monkeypatch):

@@ -199,24 +199,29 @@ def perform(
     threads: int,
     title: str,
 ) -> None:
-    """Those of the runs that have no line yet, `workers` at a time, with progress."""
+    """Those of the runs that have no line yet, `workers` at a time, with progress.
+
+    Where one fails, no other starts; those under way are kept, and the first failure is raised.
+    """
     have = {key(line) for line in lines if line["role"] != "before"}
     missing = [run for run in runs if run not in have]
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, smoothing=0)
+    failure: BaseException | None = None
     with ThreadPoolExecutor(workers) as pool, bar:
         waiting: set[Future[Line]] = set()
-        try:
-            while missing or waiting:
-                while missing and len(waiting) < workers:
-                    waiting.add(pool.submit(execute, plan, missing.pop(0), threads))
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
+        while waiting or (missing and failure is None):
+            while missing and failure is None and len(waiting) < workers:
+                waiting.add(pool.submit(execute, plan, missing.pop(0), threads))
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                problem = future.exception()
+                if problem is None:
                     add(path, lines, future.result())
                     bar.update()
-        finally:
-            for future in waiting:  # what is under way is kept
-                if future.exception() is None:
-                    add(path, lines, future.result())
+                else:
+                    failure = failure or problem
+    if failure is not None:
+        raise failure
 
 
 def add(path: Path, lines: list[Line], line: Line) -> None:
