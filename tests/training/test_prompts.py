@@ -120,3 +120,35 @@ def test_two_files_are_reported_and_kept_apart(tmp_path):
     heldout.write_text("c\nb\n")
     with pytest.raises(ValueError, match="'b' is a training prompt; must be held out"):
         prompts.Prompts.of_files(train, heldout)
+
+
+def test_a_line_ends_where_a_line_ends(tmp_path):
+    """At \\n, \\r or both; not at what Unicode also calls an end of a line."""
+    path = tmp_path / "prompts.txt"
+    odd = ["a\u2028cat", "a\x85dog", "a\x0bbird", "a\x0cfish", "a\x1cgoat"]
+    path.write_bytes("\r\n".join(odd).encode() + b"\ra bee\n")
+    assert prompts.read(path) == ([*odd, "a bee"], [])
+    path.write_bytes(b"a cat\na\0dog\n")
+    with pytest.raises(ValueError, match=r"prompts.txt', line 2: holds a NUL; must be text"):
+        prompts.read(path)
+
+
+@pytest.mark.parametrize("prompt", ["A DÖG", "a do\u0308g", "A DO\u0308G"])
+def test_a_training_prompt_in_other_letters_is_not_held_out(prompt, tmp_path):
+    """In capitals, or with its accents encoded otherwise."""
+    train, heldout = tmp_path / "train.txt", tmp_path / "heldout.txt"
+    train.write_text("a dög\n", encoding="utf-8")
+    heldout.write_text(f"a cat\n{prompt}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is a training prompt; must be held out"):
+        prompts.Prompts.of_files(train, heldout)
+
+
+def test_long_files_are_read_soon_and_reported_briefly(tmp_path):
+    """A hundred thousand lines of each, half of them again; a few lines of report."""
+    train, heldout = tmp_path / "train.txt", tmp_path / "heldout.txt"
+    train.write_text("".join(f"prompt {i // 2}\n" for i in range(100_000)))
+    heldout.write_text("".join(f"other {i}\n\n" for i in range(50_000)))
+    data = prompts.Prompts.of_files(train, heldout)
+    assert len(data.train) == len(data.heldout) == 50_000
+    assert len(data.report) == 18 and data.report[8] == "... and 49992 lines more of this kind"
+    assert prompts.summarised(["a"] * 8) == ["a"] * 8

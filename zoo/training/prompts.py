@@ -7,7 +7,8 @@ IMAGES_PER_PROMPT pictures of each, and again where more are asked for than ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, zip_longest
 from pathlib import Path
@@ -31,19 +32,23 @@ def generator_of(*key: int) -> torch.Generator:
 def read(path: str | Path) -> tuple[list[str], list[str]]:
     """(prompts, report): distinct prompts in their order, and a line for each line left out.
 
-    Left out is what is empty or seen before. UTF-8, with or without a byte order mark; spaces
-    around a prompt are not part of it. Raises ValueError for a file that cannot be read or has no
-    prompt.
+    Left out is what is empty or seen before. UTF-8, with or without a byte order mark; a line ends
+    with \\n, \\r or both, and spaces around a prompt are not part of it. Raises ValueError for a
+    file that cannot be read, holds a NUL, or has no prompt.
     """
+    at = f"prompts {str(path)!r}"
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        wanted = f"cannot be read ({error}); must be a text file in UTF-8"
-        raise ValueError(f"prompts {str(path)!r}: {wanted}") from None
+        text = Path(path).read_text(encoding="utf-8-sig")  # every end of a line as \n
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{at}: cannot be read ({said}); must be a text file in UTF-8") from None
     first: dict[str, int] = {}
     report = []
-    for number, line in enumerate(lines, 1):
+    # Not str.splitlines: it would also cut a prompt at a form feed or a U+2028 in it.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         prompt = line.strip()
+        if "\0" in prompt:
+            raise ValueError(f"{at}, line {number}: holds a NUL; must be text")
         if not prompt:
             report.append(f"{path}, line {number}: empty, left out")
         elif prompt in first:
@@ -52,8 +57,19 @@ def read(path: str | Path) -> tuple[list[str], list[str]]:
         else:
             first[prompt] = number
     if not first:
-        raise ValueError(f"prompts {str(path)!r}: must hold at least one prompt")
+        raise ValueError(f"{at}: must hold at least one prompt")
     return list(first), report
+
+
+def folded(prompt: str) -> str:
+    """A form that prompts share which differ in case or in how accents are encoded alone."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", prompt).casefold())
+
+
+def summarised(report: Sequence[str], most: int = 8) -> list[str]:
+    """A report of at most `most` lines, and how many more there are."""
+    more = len(report) - most
+    return [*report[:most], f"... and {more} lines more of this kind"] if more > 0 else list(report)
 
 
 @dataclass(frozen=True)
@@ -68,15 +84,18 @@ class Prompts:
     def of_files(cls, train: str | Path, heldout: str | Path) -> Prompts:
         """Those of two files.
 
-        Raises ValueError for a file that cannot be used, or a held-out prompt that is trained on.
+        Raises ValueError for a file that cannot be used, or a held-out prompt that is trained on,
+        in other letters or accents too.
         """
         ours, report = read(train)
         held, report_held = read(heldout)
+        trained = set(map(folded, ours))
         for prompt in held:
-            if prompt in ours:
+            if folded(prompt) in trained:
                 wanted = f"{prompt!r} is a training prompt; must be held out"
                 raise ValueError(f"prompts {str(heldout)!r}: {wanted}")
-        return cls(tuple(ours), tuple(held), (*report, *report_held))
+        both = [*summarised(report), *summarised(report_held)]
+        return cls(tuple(ours), tuple(held), tuple(both))
 
     def draw(
         self, seed: int, iteration: int, indices: Iterable[int]
