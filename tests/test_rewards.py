@@ -2,8 +2,11 @@
 
 import importlib
 import sys
+import threading
+import time
 import types
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,7 +199,7 @@ def test_a_revision_reaches_the_hub(name, monkeypatch):
 
 def test_the_tokenizer_beside_the_weights_is_taken_before_the_hubs(encoder, tmp_path, monkeypatch):
     """A local folder with a tokenizer is its own; any other place has the hub's."""
-    monkeypatch.setattr(dual_encoders.AutoTokenizer, "from_pretrained", str)
+    monkeypatch.setattr(dual_encoders, "tokenizer_of", lambda place, revision=None: str(place))
     assert dual_encoders.tokenizer_in(encoder[0], "hub") == str(encoder[0])
     assert dual_encoders.tokenizer_in(tmp_path, "hub") == "hub"
     assert dual_encoders.tokenizer_in("some/where", "hub") == "hub"
@@ -500,7 +503,8 @@ def test_a_revision_is_of_the_tokenizer_too(encoder, monkeypatch):
     """CLIP's words are those of the weights' revision."""
     asked = []
 
-    def words(place, revision=None):
+    def words(place, revision=None, trust_remote_code=None):
+        assert trust_remote_code is False
         asked.append((place, revision))
         return encoder[2]
 
@@ -605,7 +609,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     torch.save({"state_dict": {"x": print}}, tmp_path / "code.pt")
     for text, said in (
         (f"hpsv2={tmp_path / 'code.pt'}", r"reward 'hpsv2': cannot be loaded \(.*[Ww]eights"),
-        ("no.module:f", r"'no\.module:f': cannot be loaded \(No module named 'no'\)"),
+        ("no.module:f", r"'no\.module:f': cannot be loaded \(Module.*: No module named 'no'\)"),
         ("math:pi", "'math:pi': must be a function"),
     ):
         with pytest.raises(ValueError, match=said) as error:
@@ -668,6 +672,92 @@ def test_a_reward_that_raises_stops_with_the_prompt_named():
 
     with pytest.raises(RuntimeError, match=r"'mine' failed on prompt 'red' .*: KeyError: 'x'"):
         asked(reward)
+
+
+def test_a_reward_that_takes_too_long_is_left_behind():
+    """With a line that says for how long it was waited; one in time is the same with a limit."""
+    released = threading.Event()
+
+    def slow(images, prompts):
+        released.wait(20)
+        return [0.0] * len(prompts)
+
+    x = pictures(8, 28, 28)
+    began = time.perf_counter()
+    with pytest.raises(
+        RuntimeError, match=r"'mine' failed on .*TimeoutError: took more than 0.1 s"
+    ):
+        rewards.Rewards({"mine": slow}, {}, limit=0.1)(x, PROMPTS)
+    assert time.perf_counter() - began < 10
+    released.set()
+    limited = rewards.Rewards({"mine": example.contrast}, {}, limit=60.0)(x, PROMPTS)
+    assert torch.equal(limited["mine"], asked(example.contrast))
+
+
+def leave(images, prompts):
+    sys.exit(0)
+
+
+def fail_at_length(images, prompts):
+    raise RuntimeError("one line\nand another " + "long " * 100)
+
+
+def be_complex(images, prompts):
+    return torch.ones(len(prompts), dtype=torch.complex64)
+
+
+def change_the_default(images, prompts):
+    torch.set_default_dtype(torch.float64)
+    return torch.ones(len(prompts))
+
+
+@pytest.mark.parametrize("limit", [0.0, 60.0])
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (leave, "failed on prompt 'red' and the others of its batch: SystemExit: 0"),
+        (fail_at_length, "failed on prompt 'red' .*: RuntimeError: one line and another long"),
+        (be_complex, "of prompt 'red' .* is torch.complex64: must be real numbers"),
+        (
+            change_the_default,
+            "must leave torch's default dtype at torch.float32, not torch.float64",
+        ),
+    ],
+)
+def test_whatever_a_reward_does_is_one_line(reward, said, limit):
+    """It cannot end the program, nor change it, nor fill the screen."""
+    with pytest.raises((RuntimeError, ValueError), match=said) as error:
+        rewards.Rewards({"mine": reward}, {}, limit=limit)(pictures(8, 28, 28), PROMPTS)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_numbers_that_are_not_finite_can_be_asked_for():
+    """By who deals with them."""
+
+    def reward(images, prompts):
+        return torch.tensor([1.0, float("nan"), float("inf")])
+
+    asked_for = rewards.Rewards({"mine": reward}, {})(pictures(8, 28, 28), PROMPTS, finite=False)
+    assert asked_for["mine"].isnan().tolist() == [False, True, False]
+
+
+def test_a_function_of_the_working_directory_whatever_its_name(tmp_path, monkeypatch):
+    """nan and inf too, with a weight or without; a module that leaves is one line."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    source = "def nan(images, prompts):\n    return [7.0] * len(prompts)\ninf = nan\n"
+    Path("mine_here.py").write_text(source)
+    Path("leaving_here.py").write_text("raise SystemExit(0)\n")
+    for text, weight in (("mine_here:nan", 1), ("mine_here:inf:2", 2), ("mine_here:nan:0.5", 0.5)):
+        (found,) = rewards.load_all([[text]])
+        (scores,) = found(pictures(8, 28, 28), PROMPTS).values()
+        assert scores.tolist() == [7.0] * 3 and list(found.weights.values()) == [weight]
+    with pytest.raises(ValueError, match=r"'leaving_here:f': cannot be loaded .SystemExit: 0"):
+        rewards.load_all([["leaving_here:f"]])
+    for text in ("clip:nan", "rule:inf", "clip=somewhere:nan", "a:b:nan", "a:b:inf"):
+        with pytest.raises(ValueError, match="its weight must be a positive number"):
+            rewards.parse_one(text)
 
 
 def test_a_reward_may_return_numbers_and_spoil_its_pictures():

@@ -164,15 +164,15 @@ def clip(place: str = "", revision: str | None = None) -> DualEncoder:
     """CLIP and its tokenizer from a folder or hub id, safetensors only."""
     place = place or CLIP
     model = CLIPModel.from_pretrained(place, revision=revision, use_safetensors=True)
-    words = AutoTokenizer.from_pretrained(place, revision=revision)
-    return DualEncoder(model, words, shortest_side, scaled=True)
+    return DualEncoder(model, tokenizer_of(place, revision), shortest_side, scaled=True)
 
 
 def pickscore(place: str = "", revision: str | None = None) -> DualEncoder:
     """PickScore, a CLIPModel, from a folder or hub id, safetensors only."""
     place = place or PICKSCORE
-    model = CLIPModel.from_pretrained(place, revision=revision, use_safetensors=True)
-    return DualEncoder(model, tokenizer_in(place, WORDS), shortest_side, scaled=True)
+    own, words = revisions(revision)
+    model = CLIPModel.from_pretrained(place, revision=own, use_safetensors=True)
+    return DualEncoder(model, tokenizer_in(place, WORDS, words), shortest_side, scaled=True)
 
 
 def hpsv2(place: str = "", revision: str | None = None) -> DualEncoder:
@@ -181,11 +181,13 @@ def hpsv2(place: str = "", revision: str | None = None) -> DualEncoder:
     Two differences from the authors' package: it mends odd characters in prompts first (ftfy, HTML
     entities), and it computes in half precision where there is a GPU.
     """
-    file = released_file(place or HPSV2, HPS_FILE, revision)
+    own, words = revisions(revision)
+    file = released_file(place or HPSV2, HPS_FILE, own)
     weights = from_open_clip(state_dict(file))  # before the model, which takes seconds to make
     model = CLIPModel(CLIPConfig(**VIT_H_14))
     model.load_state_dict(weights)
-    return DualEncoder(model, tokenizer_in(file.parent, WORDS), longest_side, scaled=False)
+    tokenizer = tokenizer_in(file.parent, WORDS, words)
+    return DualEncoder(model, tokenizer, longest_side, scaled=False)
 
 
 # ---- Released files ------------------------------------------------------------------------------
@@ -201,10 +203,24 @@ def released_file(place: str, name: str, revision: str | None) -> Path:
     return Path(hf_hub_download(place, name, revision=revision))
 
 
-def tokenizer_in(folder: str | Path, otherwise: str) -> PreTrainedTokenizerBase:
+def revisions(text: str | None) -> tuple[str | None, str | None]:
+    """MODEL@TOKENIZER as the revisions of the two repositories; either may be left out."""
+    model, _, tokenizer = (text or "").partition("@")
+    return model or None, tokenizer or None
+
+
+def tokenizer_in(
+    folder: str | Path, otherwise: str, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, if there is one; else that of the hub id."""
-    found = (Path(folder) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(folder) if found else otherwise)
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        return tokenizer_of(str(folder))
+    return tokenizer_of(otherwise, revision)
+
+
+def tokenizer_of(place: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Of a folder or hub id. Code that lies beside it is not run, and nobody is asked to."""
+    return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
 
 
 def state_dict(path: Path) -> dict[str, Tensor]:

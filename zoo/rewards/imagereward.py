@@ -23,6 +23,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from zoo.rewards.dual_encoders import (
     released_file,
+    revisions,
     shortest_side,
     standardised,
     state_dict,
@@ -94,9 +95,10 @@ class ImageReward(nn.Module):
 
 def imagereward(place: str = "", revision: str | None = None) -> ImageReward:
     """ImageReward from the released state dict, as `released_file` finds it."""
-    file = released_file(place or HUB, FILE, revision)
+    own, words = revisions(revision)
+    file = released_file(place or HUB, FILE, own)
     weights = from_released(state_dict(file))
-    model = ImageReward(tokenizer_in(file.parent, WORDS))
+    model = ImageReward(tokenizer_in(file.parent, WORDS, words))
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 

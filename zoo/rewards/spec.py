@@ -3,7 +3,9 @@
 written as                       is
 clip, pickscore, hpsv2           a dual encoder (dual_encoders.py) from its usual hub repository
 imagereward                      the same for ImageReward (imagereward.py)
-clip=PLACE, clip=PLACE@REVISION  likewise from a folder, a file or another repository
+clip=PLACE, clip=PLACE@REVISION  likewise from a folder, a file or another repository; after
+                                 another @ the revision of the tokenizer's repository, if it is
+                                 one of its own
 rule, right                      the embedded world's rule, and whether it is fully met: 0 or 1
 module:function                  any function that keeps the contract
 ...:0.5                          any of these with a weight; a run's reward is the weighted sum
@@ -12,9 +14,13 @@ module:function                  any function that keeps the contract
 from __future__ import annotations
 
 import importlib
+import math
+import os
+import sys
+import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +63,18 @@ def parse_one(text: str) -> Spec:
     Raises ValueError for anything else, for a weight that is not positive and finite, and for a
     revision of a place that exists here, which is no repository.
     """
-    head, _, last = text.rpartition(":")
+    head, colon, last = text.rpartition(":")
+    # In module:function the function may be called nan, or inf.
+    could_be_function = last.isidentifier() and ":" not in head and head not in (*RULES, *MODELS)
     try:
         weight, body = float(last), head
     except ValueError:  # no weight: the colon of module:function, or none
         weight, body = 1.0, text
+    if could_be_function and "=" not in head:
+        weight, body = 1.0, text
     name, equals, place = body.partition("=")
     place, _, revision = place.partition("@")
+    own, _, _ = revision.partition("@")  # then perhaps that of the tokenizer's repository
 
     known = (*RULES, *MODELS)
     module, colon, function = name.partition(":")
@@ -71,9 +82,9 @@ def parse_one(text: str) -> Spec:
     bad_weight = ValueError(f"reward {text!r}: its weight must be a positive number")
     if colon and module in known:  # a known name has no function: this was meant as its weight
         raise bad_weight
-    if revision and Path(place).exists():
+    if own and os.path.exists(place):
         raise ValueError(
-            f"reward {text!r}: revision {revision!r} must be left out for a place on this machine"
+            f"reward {text!r}: revision {own!r} must be left out for a place on this machine"
         )
     empty_place = bool(equals) and not place
     if not (name in known or is_function) or empty_place or (place and name not in MODELS):
@@ -119,9 +130,11 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
             module = importlib.import_module(f"zoo.rewards.{MODELS[spec.name]}")
             return getattr(module, spec.name)(spec.place, spec.revision or None).to(device)
         path, _, function = spec.name.partition(":")
+        if os.getcwd() not in sys.path:  # a program's own folder is there, the working one is not
+            sys.path.insert(0, os.getcwd())
         reward = getattr(importlib.import_module(path), function)
-    except Exception as error:  # of files and modules that are not ours
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (Exception, SystemExit) as error:  # of files and modules that are not ours
+        said = in_a_line(error)
         raise ValueError(f"reward {spec.name!r}: cannot be loaded ({said})") from error
     if not callable(reward):
         raise ValueError(f"reward {spec.name!r}: must be a function")
@@ -129,11 +142,14 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
 
 
 def load_all(
-    lists: Sequence[Sequence[str]], device: str | torch.device = "cpu", batch: int = 0
+    lists: Sequence[Sequence[str]],
+    device: str | torch.device = "cpu",
+    batch: int = 0,
+    limit: float = 0.0,
 ) -> list[Rewards]:
     """Rewards for each list as written on the command line; what several name is loaded once.
 
-    Raises ValueError as `parse` and `load`.
+    batch and limit are those of Rewards. Raises ValueError as `parse` and `load`.
     """
     parsed = [parse(texts) for texts in lists]
     loaded: dict[tuple[str, str, str], Reward] = {}
@@ -145,21 +161,68 @@ def load_all(
     for specs in parsed:
         rewards = {spec.name: loaded[spec.source] for spec in specs}
         weights = {spec.name: spec.weight for spec in specs}
-        found.append(Rewards(rewards, weights, batch))
+        found.append(Rewards(rewards, weights, batch, limit))
     return found
 
 
 # ---- Asking --------------------------------------------------------------------------------------
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error says and its kind, in one line that is not long."""
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def within(seconds: float, job: Callable[..., Any], *arguments: Any) -> Any:
+    """job(*arguments). Raises TimeoutError where it takes longer than this; 0: it may take any.
+
+    A job that takes too long is left behind in its thread, since nothing can end it.
+    """
+    if not seconds:
+        return job(*arguments)
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                results.append(job(*arguments))
+        except BaseException as error:  # raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"took more than {seconds:g} s")
+    return results[0]
+
+
 class Rewards:
-    """Several rewards of the same pictures, `batch` pictures at a time (0: all)."""
+    """Several rewards of the same pictures, `batch` pictures at a time (0: all).
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float], batch: int = 0):
-        self.rewards, self.weights, self.batch = rewards, weights, batch
+    limit   seconds that a call of one may take; 0: any
+    """
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{name: float32 [B] on the CPU}. Raises as `checked`."""
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        batch: int = 0,
+        limit: float = 0.0,
+    ):
+        self.rewards, self.weights, self.batch, self.limit = rewards, weights, batch, limit
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], finite: bool = True
+    ) -> dict[str, Tensor]:
+        """{name: float32 [B] on the CPU}. Raises as `checked`.
+
+        With finite, ValueError too for a number that is not, naming the prompt.
+        """
         size = self.batch or max(1, len(images))
         scores = {}
         for name, reward in self.rewards.items():
@@ -168,34 +231,42 @@ class Rewards:
                 part = slice(i, i + size)
                 parts.append(self.checked(name, reward, images[part], list(prompts[part])))
             scores[name] = torch.cat(parts)
+            for prompt, value in zip(prompts, scores[name].tolist(), strict=True):
+                if finite and not math.isfinite(value):
+                    wanted = "must be a finite number"
+                    raise ValueError(f"reward {name!r} of prompt {prompt!r} is {value}: {wanted}")
         return scores
 
-    @staticmethod
     @torch.no_grad()
-    def checked(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    def checked(self, name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         """One batch of one reward, float32 [B] on the CPU.
 
-        Raises RuntimeError where the reward raises, and ValueError for what is not one finite float
-        an image; both name the prompt.
+        Raises RuntimeError where the reward raises, leaves or takes too long, and ValueError for
+        what is not one real number an image, or leaves another default dtype; all name the prompt.
         """
-        batch = f"prompt {prompts[0]!r} and the others of its batch"
+        others = " and the others of its batch" if len(prompts) > 1 else ""
+        batch = f"prompt {prompts[0]!r}{others}"
+        dtype = torch.get_default_dtype()
         try:
-            values = torch.as_tensor(reward(images.clone(), prompts))  # its own copy to spoil
-            values = values.detach().float().cpu()
-        except Exception as error:  # of a function that is not ours
-            said = f"{type(error).__name__}: {error}"
+            given = images.clone(), prompts  # its own copy to spoil
+            values = torch.as_tensor(within(self.limit, reward, *given)).detach().cpu()
+        except (Exception, SystemExit) as error:  # of a function that is not ours
+            said = in_a_line(error)
             raise RuntimeError(f"reward {name!r} failed on {batch}: {said}") from error
+        finally:
+            left = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+        if left != dtype:
+            wanted = f"must leave torch's default dtype at {dtype}, not {left}"
+            raise ValueError(f"reward {name!r} of {batch}: {wanted}")
         if values.shape != (len(images),):
             raise ValueError(
                 f"reward {name!r} of {batch} has shape {tuple(values.shape)}: "
                 f"must be one float an image, [{len(images)}]"
             )
-        for prompt, value in zip(prompts, values.tolist(), strict=True):
-            if not -float("inf") < value < float("inf"):
-                raise ValueError(
-                    f"reward {name!r} of prompt {prompt!r} is {value}: must be a finite number"
-                )
-        return values
+        if values.is_complex():
+            raise ValueError(f"reward {name!r} of {batch} is {values.dtype}: must be real numbers")
+        return values.float()
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """sum_name weight_name scores[name], float32 [B]."""
