@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from zoo.released.flux import Flux
 from zoo.released.pipeline import Flow, quiet
 from zoo.released.sd3 import SD3
 
+# Names in the configuration of a transformer or a VAE.
+COUNTS = (
+    *("patch_size", "num_layers", "num_attention_heads", "attention_head_dim"),
+    *("in_channels", "latent_channels"),
+)
+
 FAMILIES: dict[str, type[Flow]] = {family.pipeline_class: family for family in (SD3, Flux)}
 
 
 @contextmanager
 def reading(path: str, bars: bool = False) -> Iterator[None]:
-    """Within, a failure to find or fetch is a ValueError of one line that names the model."""
+    """Within, a failure to find, fetch or build is a ValueError of one line naming the model."""
     try:
-        with quiet(bars):
+        with quiet(bars), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, on what they are told by libraries
             yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of libraries on whatever the files hold
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model {path!r}: cannot be loaded ({said}); "
@@ -36,14 +43,14 @@ def model_index(path: str, revision: str | None = None) -> dict[str, Any]:
     """model_index.json of a folder or hub id. Raises ValueError where it is of no family here."""
     from diffusers import DiffusionPipeline
 
-    if Path(path).is_file() or (revision and Path(path).exists()):
+    if os.path.isfile(path) or (revision and os.path.exists(path)):
         raise ValueError(
             f"model {path!r}, revision {revision!r}: "
             f"must be a folder, without a revision, or a hub id"
         )
     with reading(path):
         index = DiffusionPipeline.load_config(path, revision=revision)
-    name = index.get("_class_name")
+        name = dict(index).get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"model {path!r} is a {name}; must be one of {', '.join(FAMILIES)}")
     return index
@@ -83,7 +90,12 @@ def load(
     dtypes = {"transformer": master or dtype, "default": dtype}
     with reading(path, bars):
         pipe = DiffusionPipeline.from_pretrained(
-            path, dtype=dtypes, revision=revision, use_safetensors=True, **absent
+            path,
+            dtype=dtypes,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **absent,
         )
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -113,6 +125,18 @@ def outline(path: str, revision: str | None = None) -> Flow:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
             path, subfolder="scheduler", revision=revision
         )
-    texts = dict.fromkeys((*family.encoders, *family.tokenizers))
-    pipe = getattr(diffusers, family.pipeline_class)
-    return family(pipe(transformer=network, vae=vae, scheduler=scheduler, **texts))
+        texts = dict.fromkeys((*family.encoders, *family.tokenizers))
+        pipe = getattr(diffusers, family.pipeline_class)
+        flow = family(pipe(transformer=network, vae=vae, scheduler=scheduler, **texts))
+        for part in (network, vae):
+            check_counts(part)
+    return flow
+
+
+def check_counts(part: Any) -> None:
+    """Raises ValueError for a size of one of diffusers' networks that is none."""
+    config = part.config
+    for name in COUNTS:
+        value = config.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} of {type(part).__name__} is {value!r}, must be 1 or more")

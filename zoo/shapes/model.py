@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -241,7 +242,7 @@ def load(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> S
     Raises ValueError, of one line, for a path that holds no such checkpoint.
     """
     at = f"path {str(path)!r}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         how = "; to make it, run: python -m zoo.shapes.pretrain" if Path(path) == CHECKPOINT else ""
         raise ValueError(f"{at} is no file{how}")
     try:
@@ -255,7 +256,7 @@ def load(path: str | Path = CHECKPOINT, device: str | torch.device = "cpu") -> S
     try:
         model = ShapesFlow(Config(**json.loads(metadata["config"])))
         model.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
+    except Exception as error:  # of whatever the file says
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{at} does not hold this model ({said})") from None
     return model.to(device).eval()
