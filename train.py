@@ -19,10 +19,12 @@ resolution as they are. With it: LoRA, unless --preset says otherwise.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ from tqdm import tqdm
 
 import pave_grpo as pave
 from zoo.rewards import spec
-from zoo.training import costs, policies
-from zoo.training.command_line import parse
+from zoo.training import checkpoints, costs, finite, policies
+from zoo.training.command_line import parse_and_read
 from zoo.training.compare import Line, compare
 from zoo.training.draw import chunked
 from zoo.training.metrics import Metrics, measure, merge
@@ -42,14 +44,13 @@ from zoo.training.options import (
     Options,
     policy_of,
     process_of,
-    prompts_of,
     stochastic_steps,
     terms_of,
     weights_of,
 )
-from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts
-from zoo.training.ranks import Ranks, Stopped, fail, stopping
-from zoo.training.run import Interrupt, Run
+from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts, summarised
+from zoo.training.ranks import INTERRUPTED, Interrupted, Ranks, Stopped, Unwritable, fail, stopping
+from zoo.training.run import Run
 
 
 def train(
@@ -59,50 +60,51 @@ def train(
     judges: spec.Rewards,
     data: Prompts,
     ranks: Ranks,
+    checkpoint: Path | None = None,
 ) -> None:
-    """Judge, align, judge again.
+    """Judge, align, judge again; from a checkpoint, go on as if there had been no interruption.
 
-    The first Ctrl-C ends the run after the iteration it falls in; a failing reward ends it
-    immediately. Both keep what there is.
+    The first Ctrl-C or SIGTERM ends the run after the iteration it falls in, with Interrupted; a
+    failing reward ends it immediately. Both save what there is. Numbers that are not finite end it
+    before they reach the weights.
     """
-    run, interrupt, done = Run(o, policy, judges, data, ranks), Interrupt(), 0
-    optimizer, rate = optimizer_of(o, policy.tuned)
+    run = Run(o, policy, judges, data, ranks, checkpoint)
+    optimizer, rate = optimizer_of(o, policy.tuned, run.done)
     average = policies.EMA(policy.tuned, o.ema) if o.ema else None
-    averaged = average.applied if average else nullcontext
+    run.begin(optimizer, average)
+    skipped = 0.0
     try:
-        run.picture("before")
-        run.judge(0, "before")
-        bar = tqdm(range(1, o.iterations + 1), "aligning", disable=not ranks.leads)
+        run.look()
+        todo = range(run.done + 1, o.iterations + 1)
+        bar = tqdm(todo, "aligning", o.iterations, initial=run.done, disable=not ranks.leads)
         for iteration in bar:
-            if any(ranks.gather(interrupt.noted)):
-                break
+            run.listen()
             due = o.compare_every and iteration % o.compare_every == 0
             compared = run.compare if due else None
             own = iterate(o, iteration, policy, rewards, data, optimizer, average, ranks, compared)
             metrics = merge(ranks.gather(own))
             run.log(iteration, {**metrics, "lr": float(rate.get_last_lr()[0])})
             rate.step()
+            skipped += metrics["poisoned_groups"]
             bar.set_postfix_str(
                 f"reward={metrics['reward']:.3f}, ratio={metrics['ratio_1']:.5f}, "
                 f"clipped={metrics['clip_fraction_1']:.2f}"
+                + (f", groups skipped={skipped / iteration:.2%}" if skipped else "")
             )
-            done = iteration
-            if o.eval_every and done % o.eval_every == 0 and done < o.iterations:
-                with averaged():
-                    run.judge(done)
-                    run.picture(f"after {done} iterations")
-                    run.save(done)
-        with averaged():
-            if done == o.iterations:
-                run.judge(done, "after")
-            run.picture(f"after {done} iterations")
-    except Stopped:
-        if done:
-            with averaged():
-                run.finish(done, complete=False)
+            run.done = iteration
+            if run.save_is_due():
+                run.save()
+            run.look()
+    except Interrupted:
+        run.save()
+        run.finish(complete=False)
         raise
-    with averaged():
-        run.finish(done, complete=done == o.iterations)
+    except OSError as problem:
+        raise Unwritable(f"{run.folder}: cannot be written ({problem})") from None
+    except Stopped as problem:
+        run.stop(problem)
+        raise
+    run.finish(complete=True)
 
 
 def iterate(
@@ -129,14 +131,15 @@ def iterate(
     )
     velocity = chunked(policy.velocity(prompts), o.rollout_batch)
     rollout = ROLLOUTS[o.rollouts](velocity, process, noise, steps)
+    finite.require(ranks, iteration, finite.among("a sample", prompts, rollout.x_0))
 
     # 2. Reward every finished sample x_0; A = (r - mean r) / std r in its group.
     groups = rollout.x_0.shape[:3]  # P, N, G
     asked = [prompt for prompt in prompts for _ in range(groups[1] * groups[2])]
     images = policy.decode(rollout.x_0.flatten(0, 2))
-    scores = ranks.together(rewards, images, asked)
+    scores = ranks.together(rewards, images, asked, False)
     total = rewards.total(scores).to(ranks.device).unflatten(0, groups)
-    advantages = ADVANTAGES[o.advantages](total)
+    advantages, poisoned = advantages_of(o, iteration, prompts, scores, total, ranks)
 
     if compared is not None:
         compared(iteration, compare(o, policy, prompts, rollout, advantages, parts_of, ranks))
@@ -147,15 +150,66 @@ def iterate(
         optimizer.zero_grad()
         # 3. Score each observed x_t -> x_s again, for every k in {1} + S.
         measured = [score(o, policy, prompts, part) for part in parts]
-        # 4. Ascend J: the gradient of all parts and all ranks, cut to a norm.
-        grad_norm = step(o, policy, optimizer, average, ranks)
+        # 4. Ascend J: along the gradient of all parts and all ranks, cut to a norm.
+        grad_norm = gradient(o, policy, ranks)
+        finite.require(ranks, iteration, bad_update(prompts, parts, measured, grad_norm))
+        optimizer.step()
+        if average:
+            average.update()
+    kept = ~poisoned[..., None].expand(groups).flatten().cpu()
     return {
-        "reward": total.mean().item(),
-        **{f"reward_{name}": z.mean().item() for name, z in scores.items()},
+        "reward": mean_of(total.flatten().cpu(), kept),
+        **{f"reward_{name}": mean_of(z, kept) for name, z in scores.items()},
+        "poisoned_groups": poisoned.float().mean().item(),
         "silent_groups": (advantages == 0).all(-1).float().mean().item(),
         "grad_norm": grad_norm,
+        "grad_rms": grad_norm / math.sqrt(policy.sizes.tuned),
         **merge(measured, [part.share for part in parts]),
     }
+
+
+def advantages_of(
+    o: Options,
+    iteration: int,
+    prompts: Sequence[str],
+    scores: dict[str, Tensor],
+    total: Tensor,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
+    """Advantages [P, N, G] of the total reward, and which groups [P, N] are poisoned.
+
+    These have a reward or an advantage that is not finite. They stop the run; with --poisoned skip
+    their advantages are 0, unless no rank has any other group.
+    """
+    finite_groups = total.isfinite().all(-1, keepdim=True)
+    advantages = ADVANTAGES[o.advantages](total.where(finite_groups, 0.0))
+    poisoned = ~(finite_groups & advantages.isfinite().all(-1, keepdim=True))
+    if o.poisoned == "stop" or ranks.all(bool(poisoned.all())):
+        quantities = {f"reward {name!r}": z.view(total.shape) for name, z in scores.items()}
+        quantities |= {"the total reward": total, "an advantage": advantages}
+        found = [finite.among(name, prompts, values) for name, values in quantities.items()]
+        first = next((one for one in found if one), None)
+        finite.require(ranks, iteration, first, keep=True)
+    return advantages.masked_fill(poisoned, 0.0), poisoned.squeeze(-1)
+
+
+def mean_of(values: Tensor, kept: Tensor) -> float:
+    """The mean of those that are kept; 0 where there is none, which then has no weight."""
+    if kept.all():
+        return values.mean().item()
+    return values[kept].mean().item() if kept.any() else 0.0
+
+
+def bad_update(
+    prompts: Sequence[str], parts: Sequence[Part], measured: Sequence[Metrics], grad_norm: float
+) -> finite.Found | None:
+    """A loss, or else the gradient's norm, that is not finite."""
+    for part, metrics in zip(parts, measured, strict=True):
+        if not math.isfinite(metrics["loss"]):
+            return finite.Found("the loss", prompts[part.prompts][0], [metrics["loss"]])
+    return (
+        None if math.isfinite(grad_norm) else finite.Found("the gradient's norm", "", [grad_norm])
+    )
 
 
 def score(o: Options, policy: policies.Policy, prompts: Sequence[str], part: Part) -> Metrics:
@@ -238,9 +292,12 @@ def slices(total: int, size: int) -> list[slice]:
 
 
 def optimizer_of(
-    o: Options, tuned: Sequence[torch.nn.Parameter]
+    o: Options, tuned: Sequence[torch.nn.Parameter], done: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimiser, and its learning rate, which rises through i / (warmup + 1) of --lr."""
+    """The optimiser, and its learning rate, which rises through i / (warmup + 1) of --lr.
+
+    done   iterations that the rate has behind it
+    """
 
     def warm_up(i: int) -> float:
         # torch's LinearLR does the same by products, whose rounding stays in the rate for good.
@@ -251,26 +308,16 @@ def optimizer_of(
         optimizer = torch.optim.SGD(tuned, o.lr)
     else:
         optimizer = torch.optim.AdamW(tuned, o.lr, weight_decay=o.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = o.lr  # which torch asks for where some is done
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up, last_epoch=done - 1)
 
 
-def step(
-    o: Options,
-    policy: policies.Policy,
-    optimizer: torch.optim.Optimizer,
-    average: policies.EMA | None,
-    ranks: Ranks,
-) -> float:
-    """One step along the mean of the ranks' gradients; returns its norm before it was cut.
-
-    The average of the weights, if there is one, follows.
-    """
+def gradient(o: Options, policy: policies.Policy, ranks: Ranks) -> float:
+    """The mean of the ranks' gradients, cut to --max-grad-norm; its norm before that."""
     if not policy.sharded:  # FSDP2 has averaged them in the backward pass
         ranks.average_gradients(policy.tuned)
     norm = torch.nn.utils.clip_grad_norm_(policy.tuned, o.max_grad_norm)
-    optimizer.step()
-    if average:
-        average.update()
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return norm.item()
@@ -291,35 +338,48 @@ def loaded(
         for iteration in range(1, o.iterations + 1)
     ]
     judged = data.in_order()[: o.heldout // IMAGES_PER_PROMPT]
-    shown, _ = data.shown(policy.shape, policy.kind)
+    shown, noise = data.shown(policy.shape, policy.kind)
     asked = list(dict.fromkeys([*chain.from_iterable(drawn), *judged, *shown]))
     try:
         lists = (o.reward, o.eval_reward)
-        rewards, judges = spec.load_all(lists, ranks.device, o.reward_batch)
+        rewards, judges = spec.load_all(lists, ranks.device, o.reward_batch, o.reward_timeout)
         policy.load(asked, ranks.device, ranks.rank, ranks.world)
     except ValueError as problem:
         fail(str(problem), anywhere=True)
     cut_off = sorted(set(chain.from_iterable(ranks.gather(policy.cut_off))))
     if ranks.leads and cut_off:
-        print("\n".join(cut_off), flush=True)
+        print("\n".join(summarised(cut_off)), flush=True)
+    try:  # a reward that cannot work is found before any long work
+        picture = policy.decode(noise[0, :1].to(ranks.device))
+        ranks.together(rewards, picture, drawn[0][:1])
+        ranks.together(judges, picture, shown[:1])
+    except Stopped as problem:
+        fail(str(problem))
     return rewards, judges
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what it will cost, then train, as the command line says."""
-    o = parse(argv, __doc__)
+    o, data = parse_and_read(argv, __doc__)
     ranks = Ranks.start(o.device, o.threads)
     ranks.gather(None)  # every rank has found --out empty before one writes there
-    policy, data = policy_of(o, ranks.world), prompts_of(o)
+    policy = policy_of(o, ranks.world)
+    checkpoint = checkpoints.found(o, ranks)
     if ranks.leads:
         steps, heldout, device = stochastic_steps(o, policy), len(data.heldout), ranks.device.type
         cost = costs.describe(o, steps, policy, heldout, ranks.world, device)
         print("\n".join([*data.report, cost]), flush=True)
+    status = 0
     if not o.dry_run:
         rewards, judges = loaded(o, policy, data, ranks)
         with stopping():
-            train(o, policy, rewards, judges, data, ranks)
+            try:
+                train(o, policy, rewards, judges, data, ranks, checkpoint)
+            except Interrupted:
+                status = INTERRUPTED
     ranks.stop()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -47,19 +47,21 @@ def one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(prompts.Prompts, "shown", two_shown)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw nothing, where a test looks at no picture: plots take seconds."""
 
-    def draw_nothing(*args, **how):
-        pass
+    def draw_nothing(content, about, path, *args, **how):
+        path.touch()
 
     monkeypatch.setattr("zoo.training.pictures.draw_grid", draw_nothing)
     monkeypatch.setattr("zoo.training.pictures.draw_curve", draw_nothing)

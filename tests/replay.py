@@ -6,6 +6,7 @@ Everything that makes training of them is written out here: which prompt and noi
 advantages, loss, KL, clipping, the optimisers, warm-up, the average, every metric, and judging.
 """
 
+import math
 from itertools import product
 
 import torch
@@ -88,6 +89,7 @@ class Replay:
         A = total - total.mean(-1, keepdim=True)
         if o.advantages == "standardised":
             A = A / (total.std(-1, keepdim=True) + 1e-8)
+        metrics["poisoned_groups"] = 0.0
         metrics["silent_groups"] = (A == 0).all(-1).float().mean().item()
         metrics["signal"] = (A != 0).float().mean().item()
 
@@ -99,6 +101,7 @@ class Replay:
             gradient = torch.autograd.grad(loss, self.theta)
             norm = sum(g.double().square().sum() for g in gradient).sqrt().item()
             metrics["grad_norm"] = norm
+            metrics["grad_rms"] = norm / math.sqrt(sum(p.numel() for p in self.theta))
             scale = min(1.0, o.max_grad_norm / norm)
             self.step([scale * g for g in gradient], rate)
             for average, p in zip(self.average, self.theta):

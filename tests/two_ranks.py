@@ -1,6 +1,7 @@
 """Run train.py on several command lines, keeping every rollout's noise: `two_ranks.py JOBS NAME`.
 
-JOBS is a JSON file {case: flags}. Started alone or by torchrun. Leaves NAME-CASE/, the run folder;
+JOBS is a JSON file {case: flags}; flags [..., "--resume", CASE] go on with the run of another case.
+Started alone or by torchrun. Leaves NAME-CASE/, the run folder;
 NAME-RANK-CASE.pt, the noise of each iteration; and NAME-RANK-swap.pt, what `swapped` returns.
 """
 
@@ -13,7 +14,7 @@ import torch
 
 import pave_grpo as pave
 import train
-from zoo.training import policies, prompts
+from zoo.training import command_line, policies, prompts
 from zoo.training.options import policy_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -41,14 +42,18 @@ def main(jobs: str, name: str) -> None:
     torch.distributed.destroy_process_group = stay_open
     for case, flags in json.loads(Path(jobs).read_text()).items():
         kept.clear()
+        if "--resume" in flags:
+            train.main([*flags[:-1], f"{name}-{flags[-1]}"])
+            continue
         train.main([*flags, "--out", f"{name}-{case}"])
         torch.save(list(kept), f"{name}-{RANK}-{case}.pt")
-    torch.save(swapped(flags), f"{name}-{RANK}-swap.pt")
+        averaged = flags
+    torch.save(swapped(averaged), f"{name}-{RANK}-swap.pt")
 
 
 def swapped(flags: list[str]) -> list[torch.Tensor]:
     """A velocity of the model of some flags: by its weights, by an average, by its own again."""
-    policy = policy_of(train.parse(flags), WORLD)
+    policy = policy_of(command_line.parse(flags), WORLD)
     policy.load(["a dog"], torch.device("cpu"), RANK, WORLD)
     average = policies.EMA(policy.tuned, 0.5)
     x = torch.randn(1, *policy.shape, generator=torch.Generator().manual_seed(0))

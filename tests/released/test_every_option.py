@@ -73,6 +73,7 @@ EMBEDDED = {
     "rollout_batch": ("2", 2),
     "update_batch": ("1", {1}),
     "reward_batch": ("2", 2),
+    "reward_timeout": ("600", {600.0}),
 }
 RELEASED = {
     "model": ("PIPELINE", {"PIPELINE"}),
@@ -91,6 +92,7 @@ RELEASED = {
 }
 ELSEWHERE = {"preset", "dry_run", "revision"}  # in tests of their own, below
 ELSEWHERE |= {"term_weights"}  # of the paper's form: in training/test_replay.py
+ELSEWHERE |= {"resume", "save_every", "poisoned"}  # in training/test_survival.py
 
 
 def test_no_option_is_forgotten():
@@ -130,6 +132,7 @@ WATCHED = [
     (pave, "policy_loss"),
     (pave, "ode_sample"),
     (train, "weights_of"),
+    (train.spec, "load_all"),
     (train.policies, "EMA"),
     (torch.optim, "AdamW"),
     (torch.optim, "SGD"),
@@ -158,7 +161,8 @@ def watched_run(words, folder, texts):
     """Run a command line in a folder with two texts; returns its spies."""
     (folder / "train.txt").write_text(texts[0] + "\n")
     (folder / "heldout.txt").write_text(texts[1] + "\n")
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         spies = Spies(patch)
         for place, name in WATCHED:
@@ -166,12 +170,17 @@ def watched_run(words, folder, texts):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         for name in ("draw_grid", "draw_curve"):
-            patch.setattr(f"zoo.training.pictures.{name}", Mock())
+            patch.setattr(f"zoo.training.pictures.{name}", draw_nothing)
         patch.chdir(folder)
         train.main(words)
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
     return spies
+
+
+def draw_nothing(content, about, path, *args, **how):
+    path.touch()
 
 
 def not_compared(call):
@@ -255,6 +264,7 @@ def embedded(tmp_path_factory):
         "rollout_batch": max(sampled),
         "update_batch": {rollout.x_t.shape[:3].numel() for rollout in rollouts},
         "reward_batch": max(len(call.images) for call in spies.calls["warmth"]),
+        "reward_timeout": spies.values("load_all", "limit"),
     }
 
 

@@ -96,7 +96,7 @@ BAD = {
     "--reward clip=nowhere_at_all": "reward 'clip': cannot be loaded",
     "--reward clip:much": "its weight must be",
     "--reward zoo.rewards.hpsv3:reward": (
-        "reward 'zoo.rewards.hpsv3:reward': cannot be loaded (No module named 'hpsv3')"
+        "'zoo.rewards.hpsv3:reward': cannot be loaded (ModuleNotFoundError: No module named"
     ),
     "--revision main": "revision 'main': must be a folder, without a revision",
     "--out /proc/run": "--out /proc/run",

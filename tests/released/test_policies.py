@@ -79,6 +79,8 @@ def test_every_batch_flag_bounds_its_calls(flags, monkeypatch):
 
     monkeypatch.setattr("zoo.rewards.example.warmth", mean_colour)
     reward, _ = train.loaded(o, policy, data, ranks)
+    assert seen.pop("reward") == [1]  # a trial
+    seen["reward"] = []
     vae = policy.flow.pipe.vae
     decode = vae.decode
 

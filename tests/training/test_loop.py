@@ -3,9 +3,6 @@
 `train.train` on stand-ins that write down what is asked of them.
 """
 
-import os
-import signal
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,49 +11,58 @@ import torch
 import train
 from zoo.training.options import Options
 from zoo.training.prompts import Prompts
-from zoo.training.ranks import Ranks, Stopped
+from zoo.training.ranks import Interrupted, Ranks, Stopped, Unwritable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-METRICS = {"reward": 0.25, "ratio_1": 1.0, "clip_fraction_1": 0.0, "signal": 1.0}
+METRICS = {
+    "reward": 0.25,
+    "poisoned_groups": 0.0,
+    "ratio_1": 1.0,
+    "clip_fraction_1": 0.0,
+    "signal": 1.0,
+}
 
 
 class Diary:
-    """Stands in for Run, and for the average: a line for every call."""
+    """Stands in for Run: a line for every call."""
 
     def __init__(self, monkeypatch):
-        self.lines, self.given = [], None
-        monkeypatch.setattr(train, "Run", self.begin)
-        monkeypatch.setattr(train.policies, "EMA", self.average)
+        self.lines, self.given, self.folder, self.ending = [], None, "run", None
+        self.done = 0
+        monkeypatch.setattr(train, "Run", self.made)
 
-    def begin(self, *given):
+    def made(self, *given):
         self.given = given
         return self
 
-    def average(self, tuned, decay):
-        self.decay = decay
-        return self
+    def begin(self, optimizer, average):
+        self.average = average
+        self.lines.append(f"begin {self.done}")
 
-    @contextmanager
-    def applied(self):
-        self.lines.append("average on")
-        yield
-        self.lines.append("average off")
+    def listen(self):
+        if self.ending == "now":
+            raise Interrupted
 
-    def picture(self, title):
-        self.lines.append(f"draw {title}")
-
-    def judge(self, iteration, when=""):
-        self.lines.append(f"judge {iteration} {when}".strip())
+    def look(self):
+        self.lines.append(f"look {self.done}")
+        if self.ending == self.lines[-1]:
+            raise Interrupted
 
     def log(self, iteration, metrics):
         self.lines.append(f"log {iteration}")
         self.metrics = metrics
 
-    def save(self, done):
-        self.lines.append(f"save {done}")
+    def save_is_due(self):
+        return self.done % 2 == 0
 
-    def finish(self, done, complete):
-        self.lines.append(f"finish {done} {'complete' if complete else 'interrupted'}")
+    def save(self):
+        self.lines.append(f"save {self.done}")
+
+    def stop(self, problem):
+        self.lines.append(f"stop {problem}")
+
+    def finish(self, complete):
+        self.lines.append("finish" if complete else "finish early")
 
 
 class OneOfTwo(Ranks):
@@ -82,11 +88,11 @@ def diary(monkeypatch, one_process):
 
 
 def run(diary, monkeypatch, iterate, other=same, **options):
-    """Train for four iterations, judging every second, with an average; `iterate` stands in."""
+    """Train for four iterations with an average; `iterate` stands in."""
     monkeypatch.setattr(train, "iterate", iterate)
-    o = Options(iterations=4, eval_every=2, ema=0.5, lr=1.0, warmup=1, **options)
+    o = Options(iterations=4, ema=0.5, lr=1.0, warmup=1, **options)
     policy = SimpleNamespace(tuned=[torch.nn.Parameter(torch.zeros(()))])
-    train.train(o, policy, "rewards", "judges", Prompts(), ranks_with(other))
+    train.train(o, policy, "rewards", "judges", Prompts(), ranks_with(other), "checkpoint")
     return diary.lines
 
 
@@ -94,84 +100,99 @@ def nothing(*_):
     return METRICS
 
 
-BEFORE = ["draw before", "judge 0 before"]
-BETWEEN = ["average on", "judge 2", "draw after 2 iterations", "save 2", "average off"]
+WHOLE = [
+    *("begin 0", "look 0", "log 1", "look 1", "log 2", "save 2", "look 2"),
+    *("log 3", "look 3", "log 4", "save 4", "look 4", "finish"),
+]
 
 
-def test_a_run_judges_draws_and_saves_the_average(diary, monkeypatch, capsys):
-    """Before by the model as it is; between, after and at the end by the average, once each."""
-    assert run(diary, monkeypatch, nothing) == [
-        *BEFORE,
-        *("log 1", "log 2"),
-        *BETWEEN,
-        *("log 3", "log 4"),
-        *("average on", "judge 4 after", "draw after 4 iterations", "average off"),
-        *("average on", "finish 4 complete", "average off"),
-    ]
-    assert diary.decay == 0.5 and diary.given[2] == "judges"
-    assert "reward=0.250, ratio=1.00000, clipped=0.00" in capsys.readouterr().err
+def test_a_run_looks_before_and_after_every_iteration(diary, monkeypatch, capsys):
+    """What is due is saved before it is looked at, so that a judgement can be interrupted."""
+    assert run(diary, monkeypatch, nothing) == WHOLE
+    assert diary.given[2] == "judges" and diary.given[-1] == "checkpoint"
+    assert diary.average.tuned[0].shape == ()
+    said = capsys.readouterr().err
+    assert "reward=0.250, ratio=1.00000, clipped=0.00" in said and "skipped" not in said
 
 
-def test_what_is_logged_is_of_all_ranks(diary, monkeypatch):
-    """The mean of both ranks' metrics, and the rate that the iteration was made with."""
+def test_a_run_that_goes_on_does_what_is_missing(diary, monkeypatch):
+    """From the second iteration on, at the rate that it would have had."""
+    diary.done, rates = 2, []
+    plain = diary.log
+
+    def log(iteration, metrics):
+        rates.append(metrics["lr"])
+        plain(iteration, metrics)
+
+    diary.log = log
+    lines = run(diary, monkeypatch, nothing)
+    assert lines == ["begin 2", *WHOLE[6:]] and rates == [1.0, 1.0]
+    diary.done, diary.lines, rates[:] = 0, [], []
+    run(diary, monkeypatch, nothing)
+    assert rates == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_what_is_logged_is_of_all_ranks(diary, monkeypatch, capsys):
+    """The mean of both ranks' metrics; groups that were skipped are in the progress line."""
 
     def other(value):
-        return value | {"reward": 0.75} if isinstance(value, dict) else value
+        more = {"reward": 0.75, "poisoned_groups": 0.5}
+        return value | more if isinstance(value, dict) else value
 
     run(diary, monkeypatch, nothing, other)
-    assert diary.metrics["reward"] == 0.5 and diary.metrics["lr"] == 1.0
+    assert diary.metrics["lr"] == 1.0 and diary.metrics["poisoned_groups"] == 0.25
+    # Of the other rank's groups half have no reward: its mean counts half.
+    assert diary.metrics["reward"] == pytest.approx((0.25 + 0.5 * 0.75) / 1.5)
+    assert "groups skipped=25.00%" in capsys.readouterr().err
 
 
-INTERRUPTED = ["average on", "draw after 2 iterations", "average off"]
-INTERRUPTED += ["average on", "finish 2 interrupted", "average off"]
+def test_an_interruption_ends_the_run_after_the_iteration(diary, monkeypatch):
+    """It is saved, and told; so is one during a judgement, which is given up."""
 
-
-def test_ctrl_c_on_any_rank_ends_both_after_the_iteration(diary, monkeypatch):
-    """Another rank's, noted in the second iteration: nothing more is trained, or judged as done."""
-    done = []
-
-    def counting(*_):
-        done.append(1)
+    def interrupting(o, iteration, *_):
+        diary.ending = "now" if iteration == 3 else None
         return METRICS
 
-    def other(value):
-        return len(done) == 2 if value is False else value
-
-    lines = run(diary, monkeypatch, counting, other)
-    assert lines == [*BEFORE, "log 1", "log 2", *BETWEEN, *INTERRUPTED]
-
-
-def test_a_second_ctrl_c_ends_at_once(diary, monkeypatch):
-    """The first is noted and the iteration goes on; after it Python's own handler is back."""
-    noted = []
-
-    def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        noted.append(signal.getsignal(signal.SIGINT))
-        return METRICS
-
-    lines = run(diary, monkeypatch, interrupted)
-    assert noted == [signal.default_int_handler]
-    assert lines[-2] == "finish 1 interrupted" and "log 1" in lines
+    with pytest.raises(Interrupted):
+        run(diary, monkeypatch, interrupting)
+    assert diary.lines == [*WHOLE[:9], "save 3", "finish early"]
+    diary.lines, diary.ending, diary.done = [], "look 2", 0
+    with pytest.raises(Interrupted):
+        run(diary, monkeypatch, nothing)
+    assert diary.lines == [*WHOLE[:7], "save 2", "finish early"]
 
 
-@pytest.mark.parametrize("failing", [1, 3])
-def test_a_run_that_cannot_go_on_keeps_what_there_is(diary, monkeypatch, failing):
-    """What is done is saved, by the average, as interrupted; nothing where nothing is done."""
+def test_a_run_that_cannot_go_on_is_stopped(diary, monkeypatch):
+    """And says why to whoever called; what the disk refuses is a line of the run."""
 
     def stopped(o, iteration, *_):
-        if iteration == failing:
+        if iteration == 3:
             raise Stopped("a reward failed")
         return METRICS
 
     with pytest.raises(Stopped, match="a reward failed"):
         run(diary, monkeypatch, stopped)
-    kept = ["average on", "finish 2 interrupted", "average off"]
-    expected = [*BEFORE, "log 1", "log 2", *BETWEEN, *kept] if failing == 3 else BEFORE
-    assert diary.lines == expected
+    assert diary.lines == [*WHOLE[:7], "stop a reward failed"]
+
+    def full(iteration, metrics):
+        raise OSError(28, "No space left on device")
+
+    diary.log, diary.lines, diary.done = full, [], 0
+    with pytest.raises(Unwritable, match=r"^run: cannot be written .* No space left"):
+        run(diary, monkeypatch, nothing)
 
 
 # ---- The program ---------------------------------------------------------------------------------
+
+
+class Asked:
+    """Rewards that write down what they are asked."""
+
+    def __init__(self, tried, *given):
+        self.tried, self.given = tried, given
+
+    def __call__(self, images, prompts):
+        self.tried.append((images.tolist(), prompts))
 
 
 class Loading:
@@ -181,6 +202,9 @@ class Loading:
 
     def kind(self, prompt):
         return ""
+
+    def decode(self, x):
+        return x
 
     def load(self, prompts, device, rank, world):
         self.asked, self.place = prompts, (device.type, rank, world)
@@ -199,26 +223,52 @@ def test_every_prompt_of_this_rank_is_loaded_and_no_other(monkeypatch, capsys):
         return [drawn[iteration][i] for i in indices], []
 
     def shown(self, shape, kind):
-        return ["F", "A"], None
+        return ["F", "A"], torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
+
+    def load_all(*given):
+        return [Asked(tried, *given), Asked(tried)]
+
+    tried = []
 
     monkeypatch.setattr(Prompts, "draw", draw)
     monkeypatch.setattr(Prompts, "shown", shown)
     monkeypatch.setattr(Prompts, "in_order", lambda self: list("BADC"))
-    monkeypatch.setattr(train.spec, "load_all", lambda *given: [given, "judges"])
+    monkeypatch.setattr(train.spec, "load_all", load_all)
     ranks = OneOfTwo(1, 2, torch.device("cpu"))
-    object.__setattr__(ranks, "other", lambda value: ["of rank 1"])
+    other = {list: ["of rank 1"], str: ""}
+    object.__setattr__(ranks, "other", lambda value: other[type(value)])
     policy = Loading()
     o = Options(
-        seed=7, iterations=2, prompts_per_iteration=4, heldout=8, reward_batch=3, reward=("x",)
+        seed=7,
+        iterations=2,
+        prompts_per_iteration=4,
+        heldout=8,
+        reward_batch=3,
+        reward_timeout=2.5,
+        reward=("x",),
     )
-    rewards, judges = train.loaded(o, policy, data, ranks)
+    rewards, _ = train.loaded(o, policy, data, ranks)
     assert policy.asked == ["c", "d", "f", "g", "B", "A", "F"]
-    assert policy.place == ("cpu", 1, 2) and judges == "judges"
-    assert rewards == ((("x",), o.eval_reward), ranks.device, 3)
+    assert policy.place == ("cpu", 1, 2)
+    assert rewards.given == ((("x",), o.eval_reward), ranks.device, 3, 2.5)
+    # Both were tried on one picture: of a prompt to train on, and of one to judge by.
+    assert tried == [([[1.0]], ["c"]), ([[1.0]], ["F"])]
     assert capsys.readouterr().out == ""  # rank 1 does not print
     object.__setattr__(ranks, "rank", 0)
     train.loaded(o, policy, data, ranks)
     assert capsys.readouterr().out == "of rank 0\nof rank 1\n"
+
+
+def test_a_reward_that_cannot_work_is_refused_before_any_work(monkeypatch, capsys):
+    """One line and status 2, also where it is a judge."""
+    for broken in (0, 1):
+        both = [Asked([]), Asked([])]
+        both[broken].tried = None
+        monkeypatch.setattr(train.spec, "load_all", lambda *_, both=both: both)
+        with pytest.raises(SystemExit) as stop:
+            train.loaded(Options(), Loading(), Prompts(), Ranks(0, 1, torch.device("cpu")))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "AttributeError" in err
 
 
 def test_what_cannot_be_loaded_is_one_line_of_its_rank(monkeypatch, capsys):
@@ -247,11 +297,12 @@ def program(monkeypatch, rank, dry_run=False):
 
         return stand_in
 
-    monkeypatch.setattr(train, "parse", noted("parse", o))
+    data = Prompts(report=("line 2: empty",))
+    monkeypatch.setattr(train, "parse_and_read", noted("parse", (o, data)))
     monkeypatch.setattr(train.Ranks, "start", noted("start", ranks))
     monkeypatch.setattr(OneOfTwo, "stop", lambda self: done.append(("stop",)))
     monkeypatch.setattr(train, "policy_of", noted("policy", "the policy"))
-    monkeypatch.setattr(train, "prompts_of", noted("prompts", Prompts(report=("line 2: empty",))))
+    monkeypatch.setattr(train.checkpoints, "found", noted("found", "the checkpoint"))
     monkeypatch.setattr(train, "stochastic_steps", noted("steps", (1,)))
     monkeypatch.setattr(train.costs, "describe", noted("cost", "one iteration: cheap"))
     monkeypatch.setattr(train, "loaded", noted("load", ("the rewards", "the judges")))
@@ -267,11 +318,12 @@ def test_the_program_counts_loads_trains_and_leaves_in_this_order(rank, monkeypa
     said = capsys.readouterr().out
     assert said == ("line 2: empty\none iteration: cheap\n" if rank == 0 else "")
     names = [name for name, *_ in done if name not in ("steps", "cost")]
-    assert names == ["parse", "start", "policy", "prompts", "load", "train", "stop"]
+    assert names == ["parse", "start", "policy", "found", "load", "train", "stop"]
     given = dict((name, arguments) for name, *arguments in done)
     assert given["parse"] == [["--some", "flags"], train.__doc__]
     assert given["start"] == ["cpu", 3] and given["policy"] == [o, 2]
     assert given["train"][1:4] == ["the policy", "the rewards", "the judges"]
+    assert given["train"][-1] == "the checkpoint"
     if rank == 0:
         heldout = len(Prompts().heldout)
         assert given["cost"] == [o, (1,), "the policy", heldout, 2, "cpu"]

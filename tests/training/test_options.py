@@ -135,7 +135,7 @@ def test_prompts_must_divide_among_the_ranks(monkeypatch, capsys):
     """Eight prompts on three ranks are refused: unequal shares would weigh prompts unequally."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
-        train.parse([])
+        command_line.parse([])
     assert "multiple of the 3 ranks" in capsys.readouterr().err
 
 
@@ -159,7 +159,7 @@ def test_help_has_every_option_once_in_its_group(capsys):
 
 def test_defaults_pass_every_rule():
     """Nothing given is what the fields say, and is a run."""
-    assert train.parse([]) == options.Options()
+    assert command_line.parse([]) == options.Options()
 
 
 # ---- Defaults ------------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ def test_defaults_pass_every_rule():
 DEFAULTS = dict(
     model="",
     reward=("rule",),
+    reward_timeout=0.0,
     prompts="",
     eval_prompts="",
     tune="transformer",
@@ -178,6 +179,8 @@ DEFAULTS = dict(
     guidance=0.0,
     iterations=40,
     out="",
+    resume="",
+    save_every=10,
     dry_run=False,
     device="auto",
     threads=0,
@@ -200,6 +203,7 @@ DEFAULTS = dict(
     term_weights="printed",
     step_weights="one",
     advantages="standardised",
+    poisoned="stop",
     ratio_norm=False,
     reduction="mean",
     updates=1,
@@ -241,6 +245,7 @@ RELEASED = dict(  # what of it is another with --model
     heldout=64,
     eval_steps=(16, 40),
     eval_every=50,
+    save_every=50,
     eval_batch=16,
     lr=1e-4,
     warmup=0,
@@ -344,10 +349,13 @@ def test_what_is_aligned_is_made_of_the_options(monkeypatch):
 # Rules at their edges: (the last value that is refused, the first that is not).
 EDGES = {
     "iterations": (0, 1),
-    "threads": (-1, 0),
+    "threads": (1025, 1024),
+    "seed": (2**63, 2**63 - 1),
+    "steps": (10**6 + 1, 10**6),
+    "reward_timeout": (math.inf, 0.5),
     "group_size": (1, 2),
-    "eta": (0.0, 1e-9),
-    "shift": (math.inf, 1e9),
+    "eta": (0.0, 1e-6),
+    "shift": (1.1e6, 1e6),
     "clip": (0.0, 1e-9),
     "kl": (math.inf, 1e9),
     "lr": (math.inf, 1e9),
@@ -437,7 +445,7 @@ def test_prompts_the_world_does_not_know_are_refused(bad, prompt, flags, said, c
         Path(name).write_text((prompt if name == bad else good) + "\n")
     files = ["--prompts", "train.txt", "--eval-prompts", "heldout.txt"]
     with pytest.raises(SystemExit):
-        train.parse([*files, *flags.split()])
+        command_line.parse([*files, *flags.split()])
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and repr(prompt) in err and said in err
 
@@ -445,7 +453,7 @@ def test_prompts_the_world_does_not_know_are_refused(bad, prompt, flags, said, c
 def test_a_judge_is_checked_as_a_reward_is(capsys):
     """Before any work, as the rewards are."""
     with pytest.raises(SystemExit):
-        train.parse(["--eval-reward", "aesthetics"])
+        command_line.parse(["--eval-reward", "aesthetics"])
     assert "'aesthetics'" in capsys.readouterr().err
 
 

@@ -117,7 +117,7 @@ def test_the_program_that_judges_does_as_it_is_told(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("program", ["draw", "evaluate"])
-def test_a_judge_that_fails_is_one_line_and_status_2(program, monkeypatch, capsys):
+def test_a_judge_that_fails_is_one_line_and_status_1(program, monkeypatch, capsys):
     """Of either program, as of train.py."""
 
     def stopped(*_):
@@ -132,4 +132,4 @@ def test_a_judge_that_fails_is_one_line_and_status_2(program, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         main([str(shapes_model.CHECKPOINT), *more])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "'rule' is nan" in err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "'rule' is nan" in err

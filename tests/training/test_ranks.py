@@ -75,6 +75,49 @@ def test_gradients_are_averaged_and_not_added(monkeypatch):
     assert alone.grad.item() == 1
 
 
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_what_holds_on_every_rank_holds(failing, monkeypatch):
+    """And what fails on one holds on none."""
+    found = together(monkeypatch, lambda ranks: ranks.all(ranks.rank != failing))
+    assert found == [failing is None] * 2
+    assert Ranks(0, 1, CPU).all(True) and not Ranks(0, 1, CPU).all(False)
+
+
+def test_what_stops_one_rank_stops_both_in_its_own_words(monkeypatch):
+    """Without the name of a class."""
+
+    def job(rank):
+        if rank == 1:
+            raise Stopped("the disk is full")
+
+    found = together(monkeypatch, lambda ranks: ranks.together(job, ranks.rank))
+    assert [str(error) for error in found] == ["the disk is full"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("RANK", "x", "RANK='x': must be a whole number, 0 or more"),
+        ("RANK", "-1", "RANK='-1'"),
+        ("RANK", "1", "RANK=1: must be below WORLD_SIZE=1"),
+        ("RANK", "9" * 5000, "RANK='999"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE='0': must be a whole number, 1 or more"),
+        ("WORLD_SIZE", "-1", "WORLD_SIZE='-1'"),
+        ("LOCAL_RANK", "", "LOCAL_RANK=''"),
+        ("LOCAL_RANK", "\u00b2", "LOCAL_RANK='\u00b2'"),
+    ],
+)
+def test_what_is_no_place_is_one_line(name, value, wanted, monkeypatch, capsys):
+    """Status 2, before a process group is waited for, whatever rank this is."""
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        Ranks.start("cpu", 0)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and wanted in err and err.count("\n") == 1
+
+
 def test_shares_are_parts_of_a_whole():
     """One after another, as even as can be."""
     for n, world in ((8, 2), (8, 4), (9, 3), (7, 2)):
@@ -159,7 +202,7 @@ def test_a_stop_is_one_line_after_the_traceback_of_others(cause, traced, monkeyp
     with pytest.raises(SystemExit) as stop, stopping():
         raise Stopped("the reward failed") from cause
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.endswith("error: the reward failed\n")
+    assert stop.value.code == 1 and err.endswith("error: the reward failed\n")
     assert ("KeyError: 'theirs'" in err) == traced and (traced or err.count("\n") == 1)
 
 

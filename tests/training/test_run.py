@@ -1,8 +1,12 @@
 """The folder a run leaves: what is written, drawn and said, when, and by which rank."""
 
 import json
+import math
+import os
 import signal
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +14,12 @@ import pytest
 import torch
 
 from zoo.training import run as run_module
+from zoo.training.finite import Found, NotFinite
 from zoo.training.options import Options
+from zoo.training.pictures import Block
+from zoo.training.policies import Sizes
 from zoo.training.prompts import Prompts
-from zoo.training.ranks import Ranks, Stopped
+from zoo.training.ranks import Interrupted, Ranks, Stopped, Unwritable
 from zoo.training.run import Run, free_folder
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -29,20 +36,21 @@ class Gathering(Ranks):
 waits = []
 
 
-class Saving:
-    """A policy that notes where it is told to save."""
+class Toy:
+    """A policy of one weight."""
 
     name, shape = "toy", (2,)
+    sizes = Sizes(weights=1, tuned=1, rows=1, frozen=0, masters=4)
 
     def __init__(self):
-        self.saved = []
+        self.tuned = [torch.nn.Parameter(torch.ones(1))]
 
     def kind(self, prompt):
         return ""
 
-    def save(self, folder, main):
-        self.saved.append((folder, main))
-        return "weights.file"
+
+def always():
+    return True
 
 
 class Studio:
@@ -50,12 +58,15 @@ class Studio:
 
     def __init__(self, monkeypatch):
         self.judged, self.grids, self.curves, self.blocks = [], [], [], 0
+        self.on_judging = always
         monkeypatch.setattr(run_module, "judge_heldout", self.judge_heldout)
         monkeypatch.setattr(run_module, "draw_block", self.draw_block)
         monkeypatch.setattr(run_module.pictures, "draw_grid", self.draw_grid)
         monkeypatch.setattr(run_module.pictures, "draw_curve", self.draw_curve)
 
-    def judge_heldout(self, o, policy, judges, data, steps, ranks):
+    def judge_heldout(self, o, policy, judges, data, steps, ranks, listen):
+        listen()
+        assert self.on_judging()
         self.judged.append(tuple(steps))
         value = len(self.judged) / 10
         return {
@@ -68,35 +79,43 @@ class Studio:
 
     def draw_block(self, o, policy, judges, prompts, noise, ranks):
         self.blocks += 1
-        return f"block {self.blocks}"
+        number = self.blocks / 255
+        return Block(torch.full((1, 1, 3, 2, 2), number), torch.full((1, 1), number))
 
     def draw_grid(self, blocks, prompts, path, headline):
-        self.grids.append((dict(blocks), bool(headline)))
+        path.touch()
+        drawn = {title: round(255 * block.images.max().item()) for title, block in blocks.items()}
+        self.grids.append((drawn, bool(headline)))
 
     def draw_curve(self, lines, judge, path, pairs):
-        self.curves.append((len(lines), judge, path, pairs))
+        path.touch()
+        self.curves.append((len(lines), judge, pairs))
 
 
-O = Options(out="a/b", seed=5, iterations=4, heldout=8, eval_steps=(16, 8), prompts_per_iteration=2)
+O = Options(out="a/b", seed=5, iterations=4, heldout=8, eval_steps=(16, 8), eval_every=2)
 JUDGES = SimpleNamespace(rewards={"first": None, "second": None})
 
 
-def whole_run(studio, rank=0, complete=True, o=O):
-    """A run judged before, after two iterations and at the end; the policy it saved."""
+def made(rank=0, o=O, checkpoint=None):
+    """A run of rank `rank` of two."""
     waits.clear()
-    policy = Saving()
-    run = Run(o, policy, JUDGES, Prompts(), Gathering(rank, 2, torch.device("cpu")))
-    run.picture("before")
-    run.judge(0, "before")
-    run.log(1, {"reward": 0.5})
-    run.judge(2)
-    run.picture("after 2 iterations")
-    run.save(2)
-    run.log(3, {"reward": 0.75})
-    run.judge(4, "after")
-    run.picture("after 4 iterations")
-    run.finish(4, complete)
-    return policy
+    return Run(o, Toy(), JUDGES, Prompts(), Gathering(rank, 2, torch.device("cpu")), checkpoint)
+
+
+def whole_run(rank=0, complete=True, o=O):
+    """A run judged before, after two iterations and at the end, saved after two and at the end."""
+    run = made(rank, o)
+    run.begin("the optimiser", None)
+    run.look()
+    for done, reward in ((1, 0.5), (2, None), (3, 0.75), (4, None)):
+        if reward:
+            run.log(done, {"reward": reward})
+        run.done = done
+        if run.save_is_due():
+            run.save()
+        run.look()
+    run.finish(complete)
+    return run
 
 
 @pytest.fixture
@@ -104,13 +123,36 @@ def studio(monkeypatch):
     return Studio(monkeypatch)
 
 
-def test_the_first_rank_writes_what_was_judged_drawn_and_saved(studio, monkeypatch, capsys):
-    """Files, what is printed, and where the weights go; every save is waited for."""
+@pytest.fixture
+def written(monkeypatch):
+    """Stands in for the writing of checkpoints: what was asked, and which were kept."""
+    asked = []
+
+    def write(folder, iteration, policy, optimizer, average, state, needed, ranks):
+        asked.append((folder, iteration, state, needed))
+        return "weights.file"
+
+    def prune(folder, best):
+        asked.append(("prune", best))
+
+    monkeypatch.setattr(run_module.checkpoints, "write", write)
+    monkeypatch.setattr(run_module.checkpoints, "prune", prune)
+    monkeypatch.setattr(Gathering, "all", lambda self, holds: holds)
+    return asked
+
+
+def test_the_first_rank_writes_what_was_judged_drawn_and_saved(
+    studio, written, monkeypatch, capsys
+):
+    """Files, what is printed, and what checkpoints hold."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--reward", "two words"])
-    policy = whole_run(studio)
+    whole_run()
     folder = Path("a/b")
     assert sorted(p.name for p in folder.iterdir()) == [
+        "before.safetensors",
+        "before_after.png",
         "config.json",
+        "curve.png",
         "metrics.jsonl",
         "summary.json",
     ]
@@ -128,12 +170,17 @@ def test_the_first_rank_writes_what_was_judged_drawn_and_saved(studio, monkeypat
     ]
     # The first block is kept, the ones between are not; a headline speaks of what was just judged.
     assert studio.grids == [
-        ({"before": "block 1"}, False),
-        ({"before": "block 1", "after 2 iterations": "block 2"}, True),
-        ({"before": "block 1", "after 4 iterations": "block 3"}, True),
+        ({"before": 1}, False),
+        ({"before": 1, "after 2 iterations": 2}, True),
+        ({"before": 1, "after 4 iterations": 3}, True),
     ]
-    assert studio.curves == [(n, "first", folder / "curve.png", 8) for n in (3, 5)]
-    assert policy.saved == [(folder, True), (folder, True)] and waits == [None, None]
+    assert studio.curves == [(n, "first", 8) for n in (3, 5)]
+    # A checkpoint is of before the judgement, the best one by what was judged before it.
+    (first, after_first, last, after_last) = written
+    assert (first[:2], last[:2]) == ((folder, 2), (folder, 4))
+    assert (after_first, after_last) == (("prune", 0), ("prune", 2))
+    assert len(first[2]["lines"]) in (2, 5) and first[2]["options"]["out"] == "a/b"
+    assert first[3] == last[3] == 4 * 3 * 1 + 4  # bytes: theta, two moments; the weights as such
 
     summary = json.loads((folder / "summary.json").read_text())
     before = {"16": {"first": 0.116, "second": 0.0}, "8": {"first": 0.108, "second": 0.0}}
@@ -156,22 +203,128 @@ def test_the_first_rank_writes_what_was_judged_drawn_and_saved(studio, monkeypat
     assert said[3].startswith("finished after 4 iterations and 0 s: look at a/b/before_after.png")
 
 
-def test_another_rank_takes_part_and_leaves_nothing(studio, capsys):
-    """It judges and draws with the first, says nothing, and saves nowhere of its own."""
+def test_another_rank_takes_part_and_leaves_nothing(studio, written, capsys):
+    """It judges, draws and saves with the first, says nothing, and writes nothing."""
     Path("a/b").mkdir(parents=True)  # by the first rank
-    policy = whole_run(studio, rank=1)
+    whole_run(rank=1)
     assert not any(Path("a/b").iterdir()) and capsys.readouterr().out == ""
     assert len(studio.judged) == 3 and studio.blocks == 3 and not studio.grids + studio.curves
-    assert policy.saved == [(Path(), False)] * 2 and len(waits) == 2
+    assert [iteration for _, iteration, *_ in written] == [2, 4] and waits == [None] * 2
 
 
-def test_an_interrupted_run_says_so(studio, capsys):
+def test_an_interrupted_run_says_so(studio, written, capsys):
     """In its last line and in its summary; released models name the versions they run on."""
-    whole_run(studio, complete=False, o=Options(out="c", eval_steps=(16,), model="some/pipeline"))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted after 4 iterations")
+    whole_run(complete=False, o=Options(out="c", eval_steps=(16,), model="some/pipeline"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("interrupted after 4 iterations")
+    assert said.endswith("to go on, add --resume c to train.py")
     summary = json.loads(Path("c/summary.json").read_text())
     assert summary["interrupted"] is True
     assert {"diffusers", "transformers", "peft"} < summary["versions"].keys()
+
+
+def test_what_goes_on_begins_with_what_was(studio, written, monkeypatch):
+    """Lines, figures, clock and first pictures; metrics beyond the checkpoint are dropped."""
+    run = whole_run()
+    state = written[0][2] | {"seconds": 100.0, "lines": run.lines[:2]}
+    monkeypatch.setattr(run_module.checkpoints, "restore", lambda *_: state)
+    o = replace(O, resume="a/b", out="")
+    again = made(0, o, Path("a/b/checkpoints/000002"))
+    again.begin("the optimiser", None)
+    assert (again.done, again.saved, again.folder) == (2, 2, Path("a/b"))
+    lines = [json.loads(text) for text in Path("a/b/metrics.jsonl").read_text().splitlines()]
+    assert lines == run.lines[:2]
+    again.look()  # what was due when it was interrupted
+    assert again.lines[2]["iteration"] == 2 and again.lines[2]["seconds"] >= 100
+    assert next(iter(studio.grids[-1][0].items())) == ("before", 1)
+    assert "resume" not in json.loads(Path("a/b/config.json").read_text())
+    Path("a/b/before.safetensors").write_text("spoiled")
+    assert run_module.read_block(Path("a/b/before.safetensors")) == {}
+
+
+def test_a_run_that_stops_keeps_what_can_be_kept(studio, written):
+    """Weights after a reward failed, and where only a reward was not finite; else nothing more."""
+    found = Found("reward 'x'", "a cat", [math.nan, math.inf])
+    for problem, saved in (
+        (Stopped("a reward failed"), True),
+        (NotFinite(3, found, keep=True), True),
+        (NotFinite(3, found, keep=False), False),
+        (Unwritable("the disk is full"), False),
+    ):
+        written.clear()
+        run = made(o=replace(O, out=f"stop{len(str(problem))}-{saved}"))
+        run.begin("the optimiser", None)
+        run.done = 3
+        run.stop(problem)
+        assert bool(written) == saved
+        report = run.folder / "not_finite.json"
+        assert report.exists() == isinstance(problem, NotFinite)
+        if report.exists():
+            assert json.loads(report.read_text()) == {
+                "iteration": 3,
+                "quantity": "reward 'x'",
+                "prompt": "a cat",
+                "values": ["nan", "inf"],
+            }
+        assert (run.folder / "summary.json").exists() != isinstance(problem, Unwritable)
+
+
+class Average:
+    """An average that writes down when it is on."""
+
+    average = ()
+
+    def __init__(self):
+        self.on = []
+
+    @contextmanager
+    def applied(self):
+        self.on.append(True)
+        yield
+        self.on.append(False)
+
+
+def test_what_is_judged_and_drawn_is_the_average(studio, written):
+    """Before, between and after; it is put away again."""
+    run, average = made(), Average()
+    run.begin("the optimiser", average)
+    for done in (0, 1, 2, 4):
+        run.done = done
+        studio.judged.clear()
+        average.on.clear()
+        studio.on_judging = lambda: average.on == [True]
+        run.look()
+        assert average.on == [True, False] and len(studio.judged) == (done != 1)
+
+
+def test_an_interruption_of_any_rank_is_heard(written, monkeypatch):
+    """Of another one too."""
+    run = made()
+    run.listen()
+    run.interrupt.noted = True
+    with pytest.raises(Interrupted):
+        run.listen()
+    run.interrupt.noted = False
+    monkeypatch.setattr(Gathering, "all", lambda self, holds: False)
+    with pytest.raises(Interrupted):
+        run.listen()
+
+
+def test_weights_that_are_not_finite_are_not_saved(studio, written):
+    """Nor an average that is not."""
+    run = made()
+    run.begin("the optimiser", None)
+    run.done = 1
+    with torch.no_grad():
+        run.policy.tuned[0].fill_(math.nan)
+    with pytest.raises(NotFinite, match="iteration 1: a weight is nan, which is not finite"):
+        run.save()
+    assert not written
+    with torch.no_grad():
+        run.policy.tuned[0].fill_(1)
+    run.average = SimpleNamespace(average=[torch.tensor([1.0, -math.inf])])
+    with pytest.raises(NotFinite, match="a weight is -inf"):
+        run.save()
 
 
 def test_a_run_has_a_folder_of_its_own(studio, capsys):
@@ -179,21 +332,22 @@ def test_a_run_has_a_folder_of_its_own(studio, capsys):
     Path("runs/toy-1").mkdir(parents=True)
     Path("runs/toy-3").mkdir()
     assert free_folder("toy") == Path("runs/toy-2") and free_folder("x") == Path("runs/x-1")
-    Run(Options(), Saving(), JUDGES, Prompts(), Gathering(0, 2, torch.device("cpu")))
+    made(o=Options())
     assert Path("runs/toy-2/config.json").is_file()
     Path("file").write_text("")
     with pytest.raises(Stopped, match=r"--out file/below: cannot be written"):
-        Run(Options(out="file/below"), Saving(), JUDGES, Prompts(), Ranks(0, 1, "cpu"))
+        made(o=Options(out="file/below"))
 
 
 def test_the_second_interrupt_is_the_last(monkeypatch):
-    """The first is noted and nothing else; the next is Python's own."""
-    handlers = []
-    monkeypatch.setattr(
-        run_module.signal, "signal", lambda which, what: handlers.append((which, what))
-    )
+    """The first is noted and nothing else; after it a signal does what it does elsewhere."""
     interrupt = run_module.Interrupt()
-    assert not interrupt.noted and handlers == [(signal.SIGINT, interrupt.note)]
-    interrupt.note(signal.SIGINT, None)
+    both = signal.SIGINT, signal.SIGTERM
+    assert not interrupt.noted
+    assert [signal.getsignal(which) for which in both] == [interrupt.note] * 2
+    os.kill(os.getpid(), signal.SIGTERM)
     assert interrupt.noted
-    assert handlers[1:] == [(signal.SIGINT, signal.default_int_handler)]
+    assert [signal.getsignal(which) for which in both] == [
+        signal.default_int_handler,
+        signal.SIG_DFL,
+    ]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 from zoo.rewards import spec
 from zoo.shapes import model as shapes_model
-from zoo.training import costs, draw, evaluate, policies, prompts
+from zoo.training import command_line, costs, draw, evaluate, policies, prompts
 from zoo.training.metrics import merge
 from zoo.training.options import policy_of, stochastic_steps
 from zoo.training.ranks import Ranks
@@ -99,7 +99,7 @@ def test_only_what_is_tuned_moves():
 
 def test_the_rate_warms_up_to_what_was_asked():
     """i / (warmup + 1) of it in iteration i, and exactly all of it afterwards."""
-    o = train.parse(["--warmup", "15", "--lr", "2e-4"])
+    o = command_line.parse(["--warmup", "15", "--lr", "2e-4"])
     optimizer, rate = train.optimizer_of(o, [torch.nn.Parameter(torch.zeros(()))])
     rates = []
     for _ in range(40):
@@ -110,16 +110,19 @@ def test_the_rate_warms_up_to_what_was_asked():
     assert rates[15:] == [2e-4] * 25
 
 
-def test_ctrl_c_keeps_what_is_there(monkeypatch):
-    """The first Ctrl-C lets the iteration finish, then saves weights, pictures and a summary."""
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_is_there(which, monkeypatch, capsys):
+    """The first lets the iteration finish, saves, says how to go on, and has its own status."""
     plain = train.iterate
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), which)
         return plain(*args)
 
     monkeypatch.setattr(train, "iterate", interrupted)
-    run("run", "--iterations 5")
+    with pytest.raises(SystemExit) as stop:
+        run("run", "--iterations 5")
+    assert stop.value.code == 3 and "add --resume run to train.py" in capsys.readouterr().out
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["interrupted"] and summary["iterations"] == 1
     assert "after" not in summary["heldout"]
@@ -143,7 +146,7 @@ class Counted(torch.nn.Module):
 @pytest.mark.parametrize("flags", ["", "--updates 2 --kl 0.1", "--factors"])
 def test_the_announced_cost_is_the_cost(rollouts, flags):
     """Network rows counted in one iteration are those printed before the run."""
-    o = train.parse([*SHORT, "--rollouts", rollouts, *flags.split()])
+    o = command_line.parse([*SHORT, "--rollouts", rollouts, *flags.split()])
     rows = {"sampled": 0, "trained": 0, "reference": 0}
     policy, ranks = policy_of(o), Ranks(0, 1, torch.device("cpu"))
     policy.network, policy.reference = Counted(rows, False), Counted(rows, True)
@@ -180,7 +183,7 @@ def test_metrics_of_ranks_merge_by_their_names():
 
 def test_a_picture_does_not_depend_on_its_batch():
     """It depends on its own prompt and noise, up to float32 rounding."""
-    o, policy, device = train.parse([]), policies.Embedded(), torch.device("cpu")
+    o, policy, device = command_line.parse([]), policies.Embedded(), torch.device("cpu")
     asked, noise = prompts.Prompts().pairs(policy.shape, 8)
     batch = draw.draw(o, policy, asked, noise, 2, device)
     for i, prompt in enumerate(asked):

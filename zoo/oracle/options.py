@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     """Bad usage is one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"verify_equivalence.py: error: {message}\n")
+        said = " ".join(message.splitlines())  # it may quote what was typed
+        self.exit(2, f"verify_equivalence.py: error: {said}\n")
 
 
 def parse(argv: list[str] | None, claims: Claims, description: str | None) -> argparse.Namespace:

@@ -7,9 +7,13 @@ the files they name, is said here.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import pave_grpo as pave
@@ -19,15 +23,18 @@ from zoo.shapes import model as shapes_model
 from zoo.shapes import world
 from zoo.training.options import (
     ABOUT,
+    FREE,
     TYPES,
     WITH_MODEL,
     WITH_PAPER_TERMS,
     Options,
+    is_run,
     policy_of,
     prompts_of,
     stochastic_steps,
 )
-from zoo.training.ranks import fail
+from zoo.training.prompts import Prompts
+from zoo.training.ranks import fail, place
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +111,49 @@ def settle(given: dict[str, Any]) -> Options:
     return Options(**(defaults | given))
 
 
+def resumed(given: dict[str, Any]) -> Options:
+    """Options of a run that goes on: its own, and of those given the ones that may change.
+
+    Raises ValueError, in one line, for what is no run, and for another value of an option.
+    """
+    if not is_run(given["resume"]):
+        raise ValueError(f"--resume {given['resume']}: must be the folder of a run")
+    path = Path(given["resume"]) / "config.json"
+    own = options_in(path)
+    for name, value in given.items():
+        if name == "out":
+            raise ValueError(f"--out {value}: must be left out, as a run goes on in its own folder")
+        if name not in FREE and value != own[name]:
+            was = spelled(own[name]) or "nothing"
+            wanted = f"must be {was}, as in {path}, or left out"
+            raise ValueError(f"{flag(name)} {spelled(value)}".strip() + f": {wanted}")
+    return Options(**(own | given | {"out": ""}))
+
+
+def options_in(path: Path) -> dict[str, Any]:
+    """The options of a config.json, and defaults. Raises ValueError, in one line, for another file.
+
+    The numbers that JSON lacks are written as words.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{path}: cannot be read; must be the options of a run") from None
+    if not isinstance(found, dict) or not found.keys() <= ABOUT.keys():
+        raise ValueError(f"{path}: must be options of this version of train.py, and no others")
+    options = asdict(Options())
+    for name, value in found.items():
+        several = get_args(TYPES[name])
+        kind = several[0] if several else TYPES[name]
+        values = value if several and isinstance(value, list) else [value]
+        if kind is float:
+            values = [float(z) if type(z) is int or z in ("inf", "nan") else z for z in values]
+        if isinstance(value, list) != bool(several) or any(type(z) is not kind for z in values):
+            raise ValueError(f"{path}: {name} is {value!r}, which is not what {flag(name)} takes")
+        options[name] = tuple(values) if several else values[0]
+    return options
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """Within, a ValueError is one line on standard error, and status 2."""
@@ -127,17 +177,24 @@ REPLACED = {"--evaluate": JUDGE, "--sample": DRAW, "--prompt": DRAW}
 
 def parse(argv: Sequence[str] | None = None, description: str | None = None) -> Options:
     """The options of a command line of train.py, checked. Bad input: one line, status 2."""
+    return parse_and_read(argv, description)[0]
+
+
+def parse_and_read(
+    argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Options, Prompts]:
+    """The same, and the prompts, whose files are read once: they may be pipes."""
     parser = Parser("[torchrun --nproc_per_node=N | python] train.py [options]", description)
     for old, command in REPLACED.items():
         hidden = argparse.SUPPRESS
         parser.add_argument(old, action=Replaced, const=command, nargs="*", help=hidden)
     given = parser.read(argv)
     with refusing():
-        o = settle(given)
+        o = resumed(given) if given.get("resume") else settle(given)
         check_alone(o, given)
         check_together(o)
-        check_contents(o)
-    return o
+        check_writable(o)
+        return o, check_contents(o)
 
 
 # ---- What is refused, in one line, before any work -----------------------------------------------
@@ -162,7 +219,7 @@ def check_alone(o: Options, given: Iterable[str]) -> None:
 
 def check_together(o: Options) -> None:
     """Options fit each other and the number of ranks."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    _, ranks, _ = place()
     P = o.prompts_per_iteration
     if P < 1 or P % ranks:
         some = f"{ranks} rank{'s' * (ranks > 1)}"
@@ -186,8 +243,30 @@ def check_together(o: Options) -> None:
         raise refusal(o, "eval_prompts", "given with --prompts, and only with it")
 
 
-def check_contents(o: Options) -> None:
-    """Prompts, rewards, model and sampler can be had."""
+def check_writable(o: Options) -> None:
+    """The run's folder can be made, and a file in it; what was made for the trial is removed."""
+    rank, _, _ = place()
+    folder = Path(o.resume or o.out or "runs")
+    made = []
+    try:
+        missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        for path in reversed(missing if rank == 0 else []):  # only the first rank writes
+            path.mkdir()
+            made.append(path)
+        if rank == 0:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except (OSError, ValueError) as problem:
+        said = problem.strerror if isinstance(problem, OSError) else problem
+        name = "resume" if o.resume else "out"
+        raise ValueError(f"{flag(name)} {folder}: cannot be written ({said})") from None
+    finally:
+        for path in reversed(made):
+            path.rmdir()
+
+
+def check_contents(o: Options) -> Prompts:
+    """Prompts, which are returned, rewards, model and sampler can be had."""
     pave.check_factors(o.factors)
     data = prompts_of(o)
     asked = [*data.train, *data.heldout]
@@ -202,3 +281,4 @@ def check_contents(o: Options) -> None:
     if not o.model:
         shapes_model.tokenize(asked)
     stochastic_steps(o, policy_of(o))
+    return data

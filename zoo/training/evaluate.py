@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -44,8 +44,11 @@ def judge_heldout(
     data: Prompts,
     steps_list: Sequence[int],
     ranks: Ranks,
+    listen: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Means over the held-out pairs, for each number of ODE steps, and of the first of them more.
+
+    listen is called before every batch, on all ranks, and may raise.
 
     {"heldout": {steps: {judge: mean}}, "family": {kind of prompt: mean of the first judge},
      "diversity": distance between pictures of one prompt, mean over prompts}
@@ -58,6 +61,8 @@ def judge_heldout(
     rounds = list(product(steps_list, range(0, len(starts), ranks.world)))
     found: list[Judged] = []
     for steps, first in tqdm(rounds, "held-out", leave=False, disable=not ranks.leads):
+        if listen:
+            listen()
         mine = first + ranks.rank < len(starts)
         start = starts[first + ranks.rank] if mine else starts[-1]
         rows = [min(i, n - 1) for i in range(start, start + size)]

@@ -33,9 +33,10 @@ def merge(parts: Sequence[Metrics], shares: Sequence[float] = ()) -> Metrics:
     """Metrics of parts or ranks as one: extremes of _min and _max, means of the rest.
 
     A part weighs by its share of the states (default: all alike); its clip fraction, which is one
-    of members with a signal, by their number.
+    of members with a signal, by their number, and its rewards by the groups that have any.
     """
     shares = shares or [1.0] * len(parts)
+    rewarded = [z * (1 - part.get("poisoned_groups", 0)) for z, part in zip(shares, parts)]
     signal = [share * part["signal"] for share, part in zip(shares, parts, strict=True)]
     merged: Metrics = {}
     for name in parts[0]:
@@ -46,6 +47,8 @@ def merge(parts: Sequence[Metrics], shares: Sequence[float] = ()) -> Metrics:
             merged[name] = max(values)
         elif name.startswith("clip_fraction") and any(signal):
             merged[name] = statistics.fmean(values, signal)
+        elif name.startswith("reward") and any(rewarded):
+            merged[name] = statistics.fmean(values, rewarded)
         else:
             merged[name] = statistics.fmean(values, shares)
     return merged

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,11 +47,17 @@ class Rule(NamedTuple):
 
 
 # What a value must be.
-COUNT = Rule("1 or more", lambda z: z >= 1)
-NATURAL = Rule("0 or more", lambda z: 0 <= z < math.inf)
+MOST = 10**6  # of anything that is counted
+COUNT = Rule(f"1 or more, {MOST} at most", lambda z: 1 <= z <= MOST)
+NATURAL = Rule(f"0 or more, {MOST} at most", lambda z: 0 <= z <= MOST)
+AMOUNT = Rule("0 or a positive number", lambda z: 0 <= z < math.inf)
 POSITIVE = Rule("a positive number", lambda z: 0 < z < math.inf)
+# Beyond these, float32 has no room left for the squares and quotients of a step.
+SCALE = Rule("a positive number from 1e-6 to 1e6", lambda z: 1e-6 <= z <= 1e6)
+SEED = Rule("0 or more, below 2^63", lambda z: 0 <= z < 2**63)
 IN_FOURS = Rule(
-    f"a positive multiple of {IMAGES_PER_PROMPT}", lambda z: z > 0 and z % IMAGES_PER_PROMPT == 0
+    f"a positive multiple of {IMAGES_PER_PROMPT}, {MOST} at most",
+    lambda z: 0 < z <= MOST and z % IMAGES_PER_PROMPT == 0,
 )
 
 # Which runs read an option.
@@ -83,7 +90,12 @@ GUIDANCE = ", ".join(f"{z.default_guidance} of {z.name}" for z in families.FAMIL
 def is_free(folder: str) -> bool:
     """Whether a run may write there: no such path, an empty folder, or "" for a default."""
     path = Path(folder)
-    return not folder or not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    return not os.path.lexists(folder) or (path.is_dir() and not any(path.iterdir()))
+
+
+def is_run(folder: str) -> bool:
+    """Whether a run has been begun there, or "" for none."""
+    return not folder or os.path.isfile(os.path.join(folder, "config.json"))
 
 
 def is_device(name: str) -> bool:
@@ -155,6 +167,9 @@ class Options:
         released=(),
         metavar="REWARD",
     )
+    reward_timeout: float = align(
+        0.0, "seconds that a call of a reward may take; 0: any", AMOUNT, metavar="SECONDS"
+    )
     prompts: str = align("", "training prompts, a text file, one per line", metavar="FILE")
     eval_prompts: str = align(
         "", "held-out prompts, likewise; none may be a training prompt", metavar="FILE"
@@ -167,7 +182,7 @@ class Options:
         choices=("transformer", "lora", "full"),
     )
     rank: int = align(64, "rank of the adapters", COUNT, only=WITH_LORA)
-    alpha: float = align(128.0, "scaling of the adapters, alpha / rank", POSITIVE, only=WITH_LORA)
+    alpha: float = align(128.0, "scaling of the adapters, alpha / rank", SCALE, only=WITH_LORA)
     preset: str = align(
         "",
         "the authors' full fine-tuning",
@@ -198,14 +213,32 @@ class Options:
         Rule("a new or empty folder", is_free),
         metavar="FOLDER",
     )
+    resume: str = run(
+        "",
+        "go on with a run from its newest whole checkpoint; its options hold, but for those that "
+        "cannot change its numbers, and for more --iterations",
+        Rule("the folder of a run", is_run),
+        metavar="RUN",
+    )
+    save_every: int = run(
+        10,
+        "write a checkpoint every so many iterations, beside those before a judgement and at the "
+        "end; 0: no others",
+        NATURAL,
+        released=50,
+    )
     dry_run: bool = run(False, "print what an iteration would cost and hold, and stop")
     device: str = run(
         "auto",
         "cpu, cuda, or auto: cuda where there is one",
         Rule("cpu, auto, or cuda where there is a CUDA device", is_device),
     )
-    threads: int = run(0, "CPU threads per rank; 0: torch's own choice", NATURAL)
-    seed: int = run(0, "seed of prompts, noise and adapters", NATURAL)
+    threads: int = run(
+        0,
+        "CPU threads per rank; 0: torch's own choice",
+        Rule("0 or more, 1024 at most", lambda z: 0 <= z <= 1024),
+    )
+    seed: int = run(0, "seed of prompts, noise and adapters", SEED)
 
     # The method
     factors: tuple[int, ...] = method(
@@ -215,7 +248,10 @@ class Options:
         8, "P, prompts per iteration over all ranks; a multiple of the ranks"
     )
     group_size: int = method(
-        24, "G, members of a group", Rule("2 or more", lambda z: z >= 2), released=12
+        24,
+        "G, members of a group",
+        Rule(f"2 or more, {MOST} at most", lambda z: 2 <= z <= MOST),
+        released=12,
     )
     steps: int = method(8, "T, steps of the sampling grid", COUNT, released=16)
     sde_steps: tuple[int, ...] = method(
@@ -235,7 +271,7 @@ class Options:
     shift: float = method(
         1.0,
         "shift of the grid; above 1 spends more steps near the noise",
-        POSITIVE,
+        SCALE,
         only=WITH_SHIFT,
         released=3.0,
     )
@@ -246,7 +282,7 @@ class Options:
         choices=("shifted", "pipeline"),
     )
     kernel: str = method("flow_sde", "kernel of the stochastic steps", choices=tuple(pave.KERNELS))
-    eta: float = method(0.7, "eta, how stochastic the kernel is", POSITIVE, released=0.8)
+    eta: float = method(0.7, "eta, how stochastic the kernel is", SCALE, released=0.8)
     rollouts: str = method(
         "shared_anchor",
         "groups branch from one ODE trajectory, or are G chains of their own",
@@ -284,6 +320,12 @@ class Options:
         "rewards less the group's mean, over its std or as they are (Dr.GRPO)",
         choices=tuple(ADVANTAGES),
     )
+    poisoned: str = method(
+        "stop",
+        "what a group does whose reward or advantage is not finite: stop the run, or be skipped "
+        "and counted",
+        choices=("stop", "skip"),
+    )
     ratio_norm: bool = method(
         False, "centre log-ratios and scale them by the step's std (GRPO-Guard)"
     )
@@ -298,7 +340,7 @@ class Options:
     clip: float = method(
         1e-4, "clip range of the ratios; 'mean' ratios stay within about 1e-3 of 1", POSITIVE
     )
-    kl: float = method(0.0, "coefficient of the KL to the initial model", NATURAL)
+    kl: float = method(0.0, "coefficient of the KL to the initial model", AMOUNT)
 
     # Judging
     eval_reward: tuple[str, ...] = judging(
@@ -317,7 +359,10 @@ class Options:
     eval_steps: tuple[int, ...] = judging(
         (16, 8, 40),
         "numbers of ODE steps to judge with; the first also in pictures and curve",
-        Rule("distinct positive numbers", lambda z: z and min(z) > 0 and len(set(z)) == len(z)),
+        Rule(
+            f"distinct numbers, 1 or more, {MOST} at most",
+            lambda z: z and len(set(z)) == len(z) and all(1 <= n <= MOST for n in z),
+        ),
         released=(16, 40),
     )
     eval_every: int = judging(
@@ -340,7 +385,7 @@ class Options:
     optimizer: str = optimisation(
         "adamw", "adamw, or sgd without momentum", choices=("adamw", "sgd")
     )
-    weight_decay: float = optimisation(1e-4, "decoupled weight decay", NATURAL, only=WITH_DECAY)
+    weight_decay: float = optimisation(1e-4, "decoupled weight decay", AMOUNT, only=WITH_DECAY)
     max_grad_norm: float = optimisation(
         1.0,
         "gradient norm above which the gradient is scaled down; inf: never",
@@ -375,6 +420,13 @@ class Options:
     decode_batch: int = batches(4, "states per call of the VAE", NATURAL, only=WITH_MODEL)
 
 
+# What a run that goes on may be given anew: it changes no number but by rounding.
+FREE = (
+    *("iterations", "resume", "save_every", "dry_run", "device", "threads", "reward_timeout"),
+    *("eval_every", "eval_batch", "rollout_batch", "update_batch", "reward_batch", "decode_batch"),
+    "checkpointing",
+)
+
 ABOUT: dict[str, About] = {f.name: f.metadata["about"] for f in dataclasses.fields(Options)}
 TYPES: dict[str, Any] = get_type_hints(Options)
 
@@ -383,7 +435,7 @@ TYPES: dict[str, Any] = get_type_hints(Options)
 
 
 def prompts_of(o: Options) -> Prompts:
-    """Those of the files, or the embedded world's. Raises ValueError of one line."""
+    """Those of the files, read anew, or the embedded world's. Raises ValueError of one line."""
     return Prompts.of_files(o.prompts, o.eval_prompts) if o.prompts else Prompts()
 
 

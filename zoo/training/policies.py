@@ -234,7 +234,8 @@ class Released(Policy):
         self.cut_off = self.flow.cut_off(prompts)
         self.flow.move_encoders(self.device)
         self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        self.texts = self.flow.encode(list(self.row), bars=bars)
+        # One by one: a text must not depend, by rounding, on which others a run will ask for.
+        self.texts = self.flow.encode(list(self.row), batch=1, bars=bars)
         self.empty = self.flow.encode_empty(self.guidance)
         if self.empty is not None:
             self.empty = self.empty.pick(torch.tensor([0]), self.device)

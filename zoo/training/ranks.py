@@ -23,27 +23,44 @@ import torch.distributed.nn.functional
 T = TypeVar("T")
 
 
+# Exit statuses. A run that is over ends with 0, and Python ends one interrupted twice.
+STOPPED, REFUSED, INTERRUPTED = 1, 2, 3
+
+
 class Stopped(Exception):
-    """A run cannot go on: what it has so far is saved."""
+    """A run cannot go on: what it has so far is saved, if it can be kept."""
+
+    keep = True
 
 
-def fail(message: str, anywhere: bool = False) -> NoReturn:
-    """End this process with status 2 and a line on standard error: rank 0's, or any rank's."""
+class Unwritable(Stopped):
+    """The disk does not take what it should."""
+
+    keep = False
+
+
+class Interrupted(Exception):
+    """A run was asked to end early."""
+
+
+def fail(message: str, anywhere: bool = False, status: int = REFUSED) -> NoReturn:
+    """End this process with a status and a line on standard error: rank 0's, or any rank's."""
     if anywhere or os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
-    sys.exit(2)
+        said = " ".join(message.splitlines())  # it may quote what was typed
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {said}\n")
+    sys.exit(status)
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Within, Stopped ends the program as `fail` does, after the traceback of code not ours."""
+    """Within, Stopped ends the program with status 1, after the traceback of code not ours."""
     try:
         yield
     except Stopped as problem:
         cause = problem.__cause__
         if cause is not None and not isinstance(cause, ValueError):
             traceback.print_exception(cause)
-        fail(str(problem))
+        fail(str(problem), status=STOPPED)
 
 
 @dataclass(frozen=True)
@@ -99,19 +116,31 @@ class Ranks:
         return values
 
     def together(self, job: Callable[..., T], *arguments: Any) -> T:
-        """job(*arguments) on every rank; where one fails, Stopped on all.
+        """job(*arguments) on every rank; where one fails, Stopped, or what is one, on all.
 
         So nobody waits for a rank that is gone.
         """
         value, failed, said = None, None, ""
+        kind: type[Stopped] = Stopped
         try:
             value = job(*arguments)
+        except Stopped as error:
+            kind = Unwritable if isinstance(error, Unwritable) else Stopped
+            said = str(error)
         except Exception as error:  # somebody else's reward
             failed, said = error, f"{type(error).__name__}: {error}"
-        for message in self.gather(said):
+        for its_kind, message in self.gather((kind, said)):
             if message:
-                raise Stopped(message) from failed
+                raise its_kind(message) from failed
         return value  # type: ignore[return-value]  # nothing failed
+
+    def all(self, holds: bool) -> bool:
+        """Whether it holds on every rank; one number is exchanged."""
+        if self.world == 1:
+            return holds
+        failing = torch.tensor([0.0 if holds else 1.0], device=self.device)
+        dist.all_reduce(failing)
+        return not failing.item()
 
     def mean(self, vector: torch.Tensor) -> torch.Tensor:
         """The mean of the ranks' vectors, in place."""
@@ -128,6 +157,21 @@ class Ranks:
 
 
 def place() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank within this node), as torchrun says them."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return rank, world, int(os.environ.get("LOCAL_RANK", 0))
+    """(rank, number of ranks, rank within this node), as torchrun says them.
+
+    What cannot be a place is one line, of whichever process, and status 2.
+    """
+    rank, world, local = (number_of(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not rank < world:
+        fail(f"RANK={rank}: must be below WORLD_SIZE={world}", anywhere=True)
+    return rank, world, local
+
+
+def number_of(name: str) -> int:
+    """One of torchrun's variables, and what it is without torchrun."""
+    least = 1 if name == "WORLD_SIZE" else 0
+    text = os.environ.get(name, str(least))
+    fits = text.isascii() and text.isdigit() and len(text) < 10
+    if not fits or int(text) < least:
+        fail(f"{name}={text!r}: must be a whole number, {least} or more", anywhere=True)
+    return int(text)

@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from zoo import style
 from zoo.rewards import spec as rewards
-from zoo.training import pictures, policies
+from zoo.training import checkpoints, files, finite, pictures, policies
 from zoo.training.compare import Line, draw_comparison
 from zoo.training.draw import draw_block
 from zoo.training.evaluate import judge_heldout
 from zoo.training.metrics import Metrics
 from zoo.training.options import Options
 from zoo.training.prompts import Prompts
-from zoo.training.ranks import Ranks, Stopped
+from zoo.training.ranks import Interrupted, Ranks, Stopped, Unwritable
+
+BEFORE = "before.safetensors"  # what was drawn first, for a run that goes on
 
 
 class Interrupt:
-    """The first Ctrl-C is noted, to end the run after its iteration; the second ends it at once."""
+    """The first SIGINT (Ctrl-C) or SIGTERM is noted, to end the run after its iteration.
+
+    The second ends it at once.
+    """
 
     def __init__(self) -> None:
         self.noted = False
         signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
 
     def note(self, *_: Any) -> None:
         self.noted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Run:
-    """The run folder, which only the first rank writes.
+    """The run folder, which only the first rank writes, and what the run has done so far.
 
-    config.json, metrics.jsonl, before_after.png, curve.png, summary.json, and the weights; with
-    --compare-every compare.jsonl and compare.png.
+    config.json, metrics.jsonl, before_after.png, curve.png, summary.json, checkpoints/ and a link
+    to the newest weights; with --compare-every compare.jsonl and compare.png.
     """
 
     def __init__(
@@ -55,11 +64,16 @@ class Run:
         judges: rewards.Rewards,
         data: Prompts,
         ranks: Ranks,
+        checkpoint: Path | None = None,
     ):
         self.o, self.policy, self.judges, self.data, self.ranks = o, policy, judges, data, ranks
+        self.checkpoint = checkpoint  # to go on from
+        self.done = int(checkpoint.name) if checkpoint else 0  # iterations
+        self.saved = self.done
         self.first_judge = next(iter(judges.rewards))
+        self.interrupt = Interrupt()
         self.began = time.perf_counter()
-        self.folder = Path(o.out or free_folder(policy.name))
+        self.folder = Path(o.resume or o.out or free_folder(policy.name))
         self.lines: list[dict[str, Any]] = []
         self.compared: list[Line] = []
         self.blocks: dict[str, pictures.Block] = {}
@@ -67,15 +81,33 @@ class Run:
         if ranks.leads:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.write("config.json", asdict(o))
+                config = {name: z for name, z in asdict(o).items() if name != "resume"}
+                files.write_json(self.folder / "config.json", config)
             except OSError as problem:
                 said = f"cannot be written ({problem.strerror})"
                 raise Stopped(f"--out {self.folder}: {said}") from None
-            print(f"writing {self.folder}/")
+            print(f"writing {self.folder}/", flush=True)
 
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        """A file of JSON."""
-        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    def begin(self, optimizer: torch.optim.Optimizer, average: policies.EMA | None) -> None:
+        """What training moves, as the checkpoint has it, and the run's own lines and figures."""
+        self.optimizer, self.average = optimizer, average
+        if self.checkpoint:
+            moved = self.policy, optimizer, average
+            state = self.ranks.together(checkpoints.restore, self.checkpoint, *moved, self.ranks)
+            self.began -= state["seconds"]
+            self.lines, self.compared = state["lines"], state["compared"]
+            self.summary = state["summary"]
+        if self.ranks.leads and self.o.resume:
+            files.write_lines(self.folder / "metrics.jsonl", self.lines)
+            if self.compared:
+                files.write_lines(self.folder / "compare.jsonl", self.compared)
+        if self.done:
+            self.blocks = read_block(self.folder / BEFORE)
+
+    def listen(self) -> None:
+        """Raise Interrupted, on all ranks, where one was asked to end."""
+        if not self.ranks.all(not self.interrupt.noted):
+            raise Interrupted
 
     def log(self, iteration: int, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl, with the seconds since the start."""
@@ -83,16 +115,30 @@ class Run:
         line = {"iteration": iteration, **metrics, "seconds": seconds}
         self.lines.append(line)
         if self.ranks.leads:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            files.append_line(self.folder / "metrics.jsonl", line)
 
     def compare(self, iteration: int, lines: Sequence[Line]) -> None:
         """Append lines to compare.jsonl: each k-term beside the original."""
-        self.compared += [{"iteration": iteration, **line} for line in lines]
-        if self.ranks.leads:
-            with open(self.folder / "compare.jsonl", "a") as file:
-                for line in self.compared[len(self.compared) - len(lines) :]:
-                    file.write(json.dumps(line) + "\n")
+        for line in lines:
+            self.compared.append({"iteration": iteration, **line})
+            if self.ranks.leads:
+                files.append_line(self.folder / "compare.jsonl", self.compared[-1])
+
+    def look(self) -> None:
+        """Judge held-out pictures and draw some, where that is due: by the averaged weights."""
+        o, done = self.o, self.done
+        averaged = self.average.applied if self.average else nullcontext
+        with averaged():
+            if done == 0:
+                self.picture("before")
+                self.judge(0, "before")
+            elif done == o.iterations:
+                self.judge(done, "after")
+                self.picture(f"after {done} iterations")
+            elif o.eval_every and done % o.eval_every == 0:
+                self.judge(done)
+                self.picture(f"after {done} iterations")
+                self.report(complete=False)
 
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and what is drawn now."""
@@ -103,8 +149,10 @@ class Run:
         if self.ranks.leads:
             judged = self.lines and f"heldout_{self.first_judge}" in self.lines[-1]
             headline = pictures.headline(self.lines, self.first_judge) if judged else ""
-            path = self.folder / "before_after.png"
-            pictures.draw_grid(self.blocks, prompts, path, headline)
+            with files.replacing(self.folder / "before_after.png") as path:
+                pictures.draw_grid(self.blocks, prompts, path, headline)
+            if title == "before":
+                write_block(self.folder / BEFORE, block)
 
     def judge(self, iteration: int, when: str = "") -> None:
         """Log the held-out means of the first number of ODE steps.
@@ -113,7 +161,8 @@ class Run:
         that name for summary.json.
         """
         steps = self.o.eval_steps if when else self.o.eval_steps[:1]
-        result = judge_heldout(self.o, self.policy, self.judges, self.data, steps, self.ranks)
+        what = self.o, self.policy, self.judges, self.data, steps, self.ranks
+        result = judge_heldout(*what, self.listen)
         if when:
             self.summary["heldout"][when] = result["heldout"]
             self.summary["heldout_family"][when] = result["family"]
@@ -123,31 +172,74 @@ class Run:
         first = result["heldout"][str(steps[0])]
         self.log(iteration, {f"heldout_{judge}": mean for judge, mean in first.items()})
 
-    def save(self, done: int, complete: bool = False) -> None:
-        """Write the weights, curve.png and summary.json as of now, after `done` iterations.
+    def save_is_due(self) -> bool:
+        """Every --save-every iterations, before a judgement, and at the end."""
+        often = [every for every in (self.o.save_every, self.o.eval_every) if every]
+        return self.done == self.o.iterations or any(self.done % every == 0 for every in often)
 
-        No rank goes on, or away, before that is done.
+    def save(self) -> None:
+        """A checkpoint of what there is now, unless it is there; older ones may go.
+
+        Raises NotFinite where a weight is not finite, and Stopped where the disk fails.
         """
-        leads = self.ranks.leads
-        self.summary["weights"] = self.policy.save(self.folder if leads else Path(), leads)
-        if leads:
-            path, pairs = self.folder / "curve.png", self.o.heldout
-            pictures.draw_curve(self.lines, self.first_judge, path, pairs=pairs)
-            if self.compared:
-                figure = draw_comparison(self.compared)
-                figure.savefig(self.folder / "compare.png", dpi=style.DPI)
-            self.summarise(done, complete)
-        self.ranks.gather(None)
+        if self.saved == self.done:
+            return
+        moved = [*self.policy.tuned, *(self.average.average if self.average else ())]
+        finite.require(self.ranks, self.done, finite.weights(moved))
+        state = {
+            "seconds": round(time.perf_counter() - self.began, 2),
+            "lines": self.lines,
+            "compared": self.compared,
+            "summary": self.summary,
+            "options": asdict(self.o),
+        }
+        what = self.policy, self.optimizer, self.average, state
+        needed = checkpoints.bytes_of(self.o, self.policy.sizes)
+        self.summary["weights"] = checkpoints.write(
+            self.folder, self.done, *what, needed, self.ranks
+        )
+        self.saved = self.done
+        if self.ranks.leads:
+            checkpoints.prune(self.folder, self.best())
+        self.ranks.gather(None)  # nobody goes on, or away, before that is done
 
-    def finish(self, done: int, complete: bool) -> None:
-        """Save for the last time, and say so."""
-        self.save(done, complete)
+    def best(self) -> int | None:
+        """The iteration after which the first judge's held-out mean was highest."""
+        name = f"heldout_{self.first_judge}"
+        judged = [(line[name], line["iteration"]) for line in self.lines if name in line]
+        return max(judged)[1] if judged else None
+
+    def stop(self, problem: Stopped) -> None:
+        """Keep what there is where that can be; numbers that are not finite in not_finite.json."""
+        if isinstance(problem, finite.NotFinite) and self.ranks.leads:
+            files.write_json(self.folder / "not_finite.json", problem.report)
+        if problem.keep:
+            self.save()
+        if not isinstance(problem, Unwritable):
+            self.report(complete=False)
+
+    def finish(self, complete: bool) -> None:
+        """Report for the last time, and say how the run ended."""
+        self.report(complete)
         if self.ranks.leads:
             how = "finished" if complete else "interrupted"
-            spent = f"after {done} iterations and {self.summary['seconds']:.0f} s"
-            print(f"{how} {spent}: look at {self.folder / 'before_after.png'}")
+            spent = f"after {self.done} iterations and {time.perf_counter() - self.began:.0f} s"
+            then = f"look at {self.folder / 'before_after.png'}"
+            on = f"to go on, add --resume {self.folder} to train.py"
+            print(f"{how} {spent}: {then if complete else on}", flush=True)
 
-    def summarise(self, done: int, complete: bool) -> None:
+    def report(self, complete: bool) -> None:
+        """Draw curve.png, and compare.png, and write summary.json as of now."""
+        if not self.ranks.leads:
+            return
+        with files.replacing(self.folder / "curve.png") as path:
+            pictures.draw_curve(self.lines, self.first_judge, path, pairs=self.o.heldout)
+        if self.compared:
+            with files.replacing(self.folder / "compare.png") as path:
+                draw_comparison(self.compared).savefig(path, dpi=style.DPI)
+        self.summarise(complete)
+
+    def summarise(self, complete: bool) -> None:
         """Write summary.json: held-out figures, and where, with what and how long."""
         packages = ["torch", "numpy"]
         if self.o.model:
@@ -157,7 +249,7 @@ class Run:
         cpu = f"cpu, {torch.get_num_threads()} threads"
         self.summary |= {
             "seconds": round(time.perf_counter() - self.began, 1),
-            "iterations": done,
+            "iterations": self.done,
             "interrupted": not complete,
             "seed": self.o.seed,
             "device": torch.cuda.get_device_name() if cuda else cpu,
@@ -167,7 +259,23 @@ class Run:
         }
         if cuda:
             self.summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.write("summary.json", self.summary)
+        files.write_json(self.folder / "summary.json", self.summary)
+
+
+def write_block(path: Path, block: pictures.Block) -> None:
+    """Keep what a run has drawn before it began, in 8 bits."""
+    images = (255 * block.images).round().to(torch.uint8)
+    with files.replacing(path) as part:
+        save_file({"images": images.contiguous(), "scores": block.scores.contiguous()}, part)
+
+
+def read_block(path: Path) -> dict[str, pictures.Block]:
+    """The same under its title; nothing where it is gone."""
+    try:
+        found = load_file(path)
+        return {"before": pictures.Block(found["images"].float() / 255, found["scores"])}
+    except (OSError, SafetensorError, KeyError):
+        return {}
 
 
 def free_folder(name: str) -> Path:
