@@ -14,7 +14,8 @@ from zoo.training.prompts import Prompts, generator_of
 from zoo.training.ranks import Ranks, Stopped
 
 pytestmark = pytest.mark.usefixtures("one_process")
-ALONE = Ranks(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
 class Numbers:
@@ -59,6 +60,22 @@ def test_a_block_has_a_row_of_pictures_and_scores_for_every_prompt():
     assert torch.equal(block.images[:, :, 0, 0, 0], wanted)
     assert torch.equal(block.scores, wanted + torch.tensor([[10.0], [20.0]]))
     assert policy.grids == [4] and policy.rows == [4, 2] * 4
+
+
+def test_drawing_listens_before_every_step():
+    """So that it can be ended within one."""
+    heard = []
+    policy = Numbers()
+
+    def listen():
+        heard.append(len(policy.rows))
+        if len(heard) == 3:
+            raise KeyError
+
+    noise = torch.zeros(2, 1, 1, 1)
+    with pytest.raises(KeyError):
+        draw.draw(Options(), policy, ["1", "2"], noise, 5, CPU, listen)
+    assert heard == [0, 1, 2]
 
 
 def other_weights(path):

@@ -77,7 +77,8 @@ class Studio:
             "diversity": 10 * value,
         }
 
-    def draw_block(self, o, policy, judges, prompts, noise, ranks):
+    def draw_block(self, o, policy, judges, prompts, noise, ranks, listen):
+        listen()
         self.blocks += 1
         number = self.blocks / 255
         return Block(torch.full((1, 1, 3, 2, 2), number), torch.full((1, 1), number))

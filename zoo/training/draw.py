@@ -6,7 +6,7 @@ python -m zoo.training.draw runs/shapes-1/checkpoint.safetensors --prompt "a red
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,9 +45,19 @@ def draw(
     noise: Tensor,
     steps: int,
     device: torch.device,
+    listen: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], on the device, by `steps` ODE steps from noise [B, *event]."""
-    velocity = chunked(policy.velocity(prompts), o.rollout_batch)
+    """Images [B, 3, H, W] in [0, 1], on the device, by `steps` ODE steps from noise [B, *event].
+
+    listen is called before every step, and may raise.
+    """
+    plain = chunked(policy.velocity(prompts), o.rollout_batch)
+
+    def velocity(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        if listen:
+            listen()
+        return plain(x, t, prompt)
+
     return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device)))
 
 
@@ -58,11 +68,16 @@ def draw_block(
     prompts: Sequence[str],
     noise: Tensor,
     ranks: Ranks,
+    listen: Callable[[], None] | None = None,
 ) -> pictures.Block:
-    """A row per prompt, from its noise [rows, n, *event], by the first number of --eval-steps."""
+    """A row per prompt, from its noise [rows, n, *event], by the first number of --eval-steps.
+
+    listen as in `draw`.
+    """
     rows, n = noise.shape[:2]
     owners = [prompt for prompt in prompts for _ in range(n)]
-    images = draw(o, policy, owners, noise.flatten(0, 1), o.eval_steps[0], ranks.device)
+    steps = o.eval_steps[0]
+    images = draw(o, policy, owners, noise.flatten(0, 1), steps, ranks.device, listen)
     scores = next(iter(ranks.together(judges, images, owners).values()))
     return pictures.Block(images.cpu().unflatten(0, (rows, n)), scores.unflatten(0, (rows, n)))
 

@@ -48,7 +48,7 @@ def judge_heldout(
 ) -> dict[str, Any]:
     """Means over the held-out pairs, for each number of ODE steps, and of the first of them more.
 
-    listen is called before every batch, on all ranks, and may raise.
+    listen is called before every ODE step, on all ranks, and may raise.
 
     {"heldout": {steps: {judge: mean}}, "family": {kind of prompt: mean of the first judge},
      "diversity": distance between pictures of one prompt, mean over prompts}
@@ -61,13 +61,11 @@ def judge_heldout(
     rounds = list(product(steps_list, range(0, len(starts), ranks.world)))
     found: list[Judged] = []
     for steps, first in tqdm(rounds, "held-out", leave=False, disable=not ranks.leads):
-        if listen:
-            listen()
         mine = first + ranks.rank < len(starts)
         start = starts[first + ranks.rank] if mine else starts[-1]
         rows = [min(i, n - 1) for i in range(start, start + size)]
         asked = [prompts[i] for i in rows]
-        images = draw(o, policy, asked, noise[rows], steps, ranks.device)[: n - start]
+        images = draw(o, policy, asked, noise[rows], steps, ranks.device, listen)[: n - start]
         scores = (
             ranks.together(judges, images, asked[: n - start]) if mine else ranks.together(dict)
         )

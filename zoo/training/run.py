@@ -143,7 +143,8 @@ class Run:
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and what is drawn now."""
         prompts, noise = self.data.shown(self.policy.shape, self.policy.kind)
-        block = draw_block(self.o, self.policy, self.judges, prompts, noise, self.ranks)
+        what = self.o, self.policy, self.judges, prompts, noise, self.ranks
+        block = draw_block(*what, self.listen)
         before = dict(list(self.blocks.items())[:1])
         self.blocks = before | {title: block}
         if self.ranks.leads:
