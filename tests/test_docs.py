@@ -190,6 +190,8 @@ def short_form(command: Command) -> list[str]:
         return training(words, command.is_marked)
     if words[1] == "verify_equivalence.py":
         return oracle(words)
+    if words[1] == "tests/kill.py":
+        return [str(ROOT / words[1]), "--help"]
     if words[1] == "tests/planted_bugs.py":
         return [str(ROOT / words[1]), "--help" if words[2:] else "no half"]
     assert words[1] == "-m", command
@@ -232,7 +234,8 @@ def start(words: list[str], folder: Path) -> tuple[Any, str]:
         done = subprocess.run([sys.executable, *words], check=False, timeout=280, **how)
         return done.returncode, done.stdout + done.stderr
     loaded, threads = set(sys.modules), torch.get_num_threads()
-    handler, said = signal.getsignal(signal.SIGINT), io.StringIO()
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    said = io.StringIO()
     status: Any = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -249,7 +252,8 @@ def start(words: list[str], folder: Path) -> tuple[Any, str]:
         except SystemExit as stop:
             status = stop.code or 0
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
     for name in set(sys.modules) - loaded:  # a page's theirs.py is another in another test
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
