@@ -34,7 +34,7 @@ from tqdm import tqdm
 import pave_grpo as pave
 from zoo.rewards import spec
 from zoo.training import checkpoints, costs, finite, policies
-from zoo.training.command_line import parse_and_read
+from zoo.training.command_line import parse_and_read, refusing
 from zoo.training.compare import Line, compare
 from zoo.training.draw import chunked
 from zoo.training.metrics import Metrics, measure, merge
@@ -49,7 +49,7 @@ from zoo.training.options import (
     weights_of,
 )
 from zoo.training.prompts import IMAGES_PER_PROMPT, Prompts, summarised
-from zoo.training.ranks import INTERRUPTED, Interrupted, Ranks, Stopped, Unwritable, fail, stopping
+from zoo.training.ranks import INTERRUPTED, Interrupted, Ranks, Stopped, fail, stopping
 from zoo.training.run import Run
 
 
@@ -72,7 +72,7 @@ def train(
     optimizer, rate = optimizer_of(o, policy.tuned, run.done)
     average = policies.EMA(policy.tuned, o.ema) if o.ema else None
     run.begin(optimizer, average)
-    skipped = 0.0
+    skipped = sum(line.get("poisoned_groups", 0.0) for line in run.lines)
     try:
         run.look()
         todo = range(run.done + 1, o.iterations + 1)
@@ -99,8 +99,6 @@ def train(
         run.save()
         run.finish(complete=False)
         raise
-    except OSError as problem:
-        raise Unwritable(f"{run.folder}: cannot be written ({problem})") from None
     except Stopped as problem:
         run.stop(problem)
         raise
@@ -351,7 +349,7 @@ def loaded(
         print("\n".join(summarised(cut_off)), flush=True)
     try:  # a reward that cannot work is found before any long work
         picture = policy.decode(noise[0, :1].to(ranks.device))
-        ranks.together(rewards, picture, drawn[0][:1])
+        ranks.together(rewards, picture, drawn[0][:1], o.poisoned == "stop")
         ranks.together(judges, picture, shown[:1])
     except Stopped as problem:
         fail(str(problem))
@@ -364,8 +362,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = Ranks.start(o.device, o.threads)
     ranks.gather(None)  # every rank has found --out empty before one writes there
     policy = policy_of(o, ranks.world)
-    checkpoint = checkpoints.found(o, ranks)
+    checkpoint = checkpoints.found(o, data, ranks)
     if ranks.leads:
+        with refusing():
+            folder = Path(o.resume or o.out or "runs")
+            checkpoints.check_room(folder, checkpoints.bytes_of(o, policy.sizes))
         steps, heldout, device = stochastic_steps(o, policy), len(data.heldout), ranks.device.type
         cost = costs.describe(o, steps, policy, heldout, ranks.world, device)
         print("\n".join([*data.report, cost]), flush=True)

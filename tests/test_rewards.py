@@ -753,6 +753,12 @@ def test_a_function_of_the_working_directory_whatever_its_name(tmp_path, monkeyp
         (found,) = rewards.load_all([[text]])
         (scores,) = found(pictures(8, 28, 28), PROMPTS).values()
         assert scores.tolist() == [7.0] * 3 and list(found.weights.values()) == [weight]
+    Path("doubling_here.py").write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\nf = 1\n"
+    )
+    with pytest.raises(ValueError, match=r"must leave torch's default dtype at torch.float32"):
+        rewards.load_all([["doubling_here:f"]])
+    assert torch.get_default_dtype() == torch.float32
     with pytest.raises(ValueError, match=r"'leaving_here:f': cannot be loaded .SystemExit: 0"):
         rewards.load_all([["leaving_here:f"]])
     for text in ("clip:nan", "rule:inf", "clip=somewhere:nan", "a:b:nan", "a:b:inf"):

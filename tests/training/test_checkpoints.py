@@ -106,6 +106,8 @@ SPOILED = {
     "manifest.json cannot be read": lambda f: (f / "manifest.json").write_text(""),
     "manifest.json does not list": lambda f: (f / "manifest.json").write_text("{}"),
     "manifest.json cannot": lambda f: (f / "manifest.json").write_text('{"state.json": 3}'),
+    "manifest.json cannot be ": lambda f: (f / "manifest.json").write_text("[" * 10**5),
+    "more.safetensors is not in manifest.json": lambda f: (f / "more.safetensors").write_text("x"),
     "manifest.json cannot be": lambda f: (f / "manifest.json").unlink(),
 }
 
@@ -130,7 +132,7 @@ def test_whatever_is_wrong_with_a_checkpoint_is_named(said):
     assert found == checkpoints.place_of(RUN, 1)
     assert len(skipped) == 1 and skipped[0].startswith(f"{folder}: skipped, since {said}")
     SPOILED[said](checkpoints.place_of(RUN, 1))
-    with pytest.raises(ValueError, match="--resume run: no checkpoint is whole; run/check"):
+    with pytest.raises(ValueError, match="no checkpoint is whole; run/check"):
         checkpoints.newest(RUN)
     write(2, trained())  # takes the place of the spoiled one
     assert checkpoints.newest(RUN) == (folder, [])
@@ -152,9 +154,21 @@ def test_the_last_ones_and_the_best_stay(best, kept):
     """Others are removed whole."""
     for iteration in range(1, 6):
         write(iteration, trained())
-    checkpoints.prune(RUN, best)
+    checkpoints.prune(RUN, 5, best)
     assert checkpoints.saved(RUN) == kept
     assert all(not checkpoints.problem_of(checkpoints.place_of(RUN, n)) for n in kept)
+
+
+def test_later_checkpoints_that_are_spoiled_are_not_the_last_ones():
+    """A run that went on from before them keeps what it has."""
+    for iteration in (1, 2, 8, 9):
+        write(iteration, trained())
+    for iteration in (8, 9):
+        (checkpoints.place_of(RUN, iteration) / "manifest.json").write_text("")
+    write(3, trained())
+    checkpoints.prune(RUN, 3, None)
+    assert checkpoints.saved(RUN) == [2, 3, 8, 9]
+    assert checkpoints.newest(RUN)[0] == checkpoints.place_of(RUN, 3)
 
 
 # ---- Disks that fail -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `train.train` on stand-ins that write down what is asked of them.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import train
 from zoo.training.options import Options
 from zoo.training.prompts import Prompts
-from zoo.training.ranks import Interrupted, Ranks, Stopped, Unwritable
+from zoo.training.ranks import Interrupted, Ranks, Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 METRICS = {
@@ -27,8 +28,8 @@ class Diary:
     """Stands in for Run: a line for every call."""
 
     def __init__(self, monkeypatch):
-        self.lines, self.given, self.folder, self.ending = [], None, "run", None
-        self.done = 0
+        self.said, self.lines = [], []
+        self.given, self.ending, self.done = None, None, 0
         monkeypatch.setattr(train, "Run", self.made)
 
     def made(self, *given):
@@ -37,32 +38,32 @@ class Diary:
 
     def begin(self, optimizer, average):
         self.average = average
-        self.lines.append(f"begin {self.done}")
+        self.said.append(f"begin {self.done}")
 
     def listen(self):
         if self.ending == "now":
             raise Interrupted
 
     def look(self):
-        self.lines.append(f"look {self.done}")
-        if self.ending == self.lines[-1]:
+        self.said.append(f"look {self.done}")
+        if self.ending == self.said[-1]:
             raise Interrupted
 
     def log(self, iteration, metrics):
-        self.lines.append(f"log {iteration}")
+        self.said.append(f"log {iteration}")
         self.metrics = metrics
 
     def save_is_due(self):
         return self.done % 2 == 0
 
     def save(self):
-        self.lines.append(f"save {self.done}")
+        self.said.append(f"save {self.done}")
 
     def stop(self, problem):
-        self.lines.append(f"stop {problem}")
+        self.said.append(f"stop {problem}")
 
     def finish(self, complete):
-        self.lines.append("finish" if complete else "finish early")
+        self.said.append("finish" if complete else "finish early")
 
 
 class OneOfTwo(Ranks):
@@ -93,7 +94,7 @@ def run(diary, monkeypatch, iterate, other=same, **options):
     o = Options(iterations=4, ema=0.5, lr=1.0, warmup=1, **options)
     policy = SimpleNamespace(tuned=[torch.nn.Parameter(torch.zeros(()))])
     train.train(o, policy, "rewards", "judges", Prompts(), ranks_with(other), "checkpoint")
-    return diary.lines
+    return diary.said
 
 
 def nothing(*_):
@@ -127,7 +128,7 @@ def test_a_run_that_goes_on_does_what_is_missing(diary, monkeypatch):
     diary.log = log
     lines = run(diary, monkeypatch, nothing)
     assert lines == ["begin 2", *WHOLE[6:]] and rates == [1.0, 1.0]
-    diary.done, diary.lines, rates[:] = 0, [], []
+    diary.done, diary.said, rates[:] = 0, [], []
     run(diary, monkeypatch, nothing)
     assert rates == [0.5, 1.0, 1.0, 1.0]
 
@@ -155,15 +156,15 @@ def test_an_interruption_ends_the_run_after_the_iteration(diary, monkeypatch):
 
     with pytest.raises(Interrupted):
         run(diary, monkeypatch, interrupting)
-    assert diary.lines == [*WHOLE[:9], "save 3", "finish early"]
-    diary.lines, diary.ending, diary.done = [], "look 2", 0
+    assert diary.said == [*WHOLE[:9], "save 3", "finish early"]
+    diary.said, diary.ending, diary.done = [], "look 2", 0
     with pytest.raises(Interrupted):
         run(diary, monkeypatch, nothing)
-    assert diary.lines == [*WHOLE[:7], "save 2", "finish early"]
+    assert diary.said == [*WHOLE[:7], "save 2", "finish early"]
 
 
 def test_a_run_that_cannot_go_on_is_stopped(diary, monkeypatch):
-    """And says why to whoever called; what the disk refuses is a line of the run."""
+    """And says why to whoever called."""
 
     def stopped(o, iteration, *_):
         if iteration == 3:
@@ -172,14 +173,7 @@ def test_a_run_that_cannot_go_on_is_stopped(diary, monkeypatch):
 
     with pytest.raises(Stopped, match="a reward failed"):
         run(diary, monkeypatch, stopped)
-    assert diary.lines == [*WHOLE[:7], "stop a reward failed"]
-
-    def full(iteration, metrics):
-        raise OSError(28, "No space left on device")
-
-    diary.log, diary.lines, diary.done = full, [], 0
-    with pytest.raises(Unwritable, match=r"^run: cannot be written .* No space left"):
-        run(diary, monkeypatch, nothing)
+    assert diary.said == [*WHOLE[:7], "stop a reward failed"]
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -191,8 +185,8 @@ class Asked:
     def __init__(self, tried, *given):
         self.tried, self.given = tried, given
 
-    def __call__(self, images, prompts):
-        self.tried.append((images.tolist(), prompts))
+    def __call__(self, images, prompts, finite=True):
+        self.tried.append((images.tolist(), prompts, finite))
 
 
 class Loading:
@@ -235,8 +229,11 @@ def test_every_prompt_of_this_rank_is_loaded_and_no_other(monkeypatch, capsys):
     monkeypatch.setattr(Prompts, "in_order", lambda self: list("BADC"))
     monkeypatch.setattr(train.spec, "load_all", load_all)
     ranks = OneOfTwo(1, 2, torch.device("cpu"))
-    other = {list: ["of rank 1"], str: ""}
-    object.__setattr__(ranks, "other", lambda value: other[type(value)])
+
+    def other(value):
+        return ["of rank 1"] if isinstance(value, list) else value
+
+    object.__setattr__(ranks, "other", other)
     policy = Loading()
     o = Options(
         seed=7,
@@ -245,6 +242,7 @@ def test_every_prompt_of_this_rank_is_loaded_and_no_other(monkeypatch, capsys):
         heldout=8,
         reward_batch=3,
         reward_timeout=2.5,
+        poisoned="skip",
         reward=("x",),
     )
     rewards, _ = train.loaded(o, policy, data, ranks)
@@ -252,7 +250,7 @@ def test_every_prompt_of_this_rank_is_loaded_and_no_other(monkeypatch, capsys):
     assert policy.place == ("cpu", 1, 2)
     assert rewards.given == ((("x",), o.eval_reward), ranks.device, 3, 2.5)
     # Both were tried on one picture: of a prompt to train on, and of one to judge by.
-    assert tried == [([[1.0]], ["c"]), ([[1.0]], ["F"])]
+    assert tried == [([[1.0]], ["c"], False), ([[1.0]], ["F"], True)]
     assert capsys.readouterr().out == ""  # rank 1 does not print
     object.__setattr__(ranks, "rank", 0)
     train.loaded(o, policy, data, ranks)
@@ -301,7 +299,9 @@ def program(monkeypatch, rank, dry_run=False):
     monkeypatch.setattr(train, "parse_and_read", noted("parse", (o, data)))
     monkeypatch.setattr(train.Ranks, "start", noted("start", ranks))
     monkeypatch.setattr(OneOfTwo, "stop", lambda self: done.append(("stop",)))
-    monkeypatch.setattr(train, "policy_of", noted("policy", "the policy"))
+    monkeypatch.setattr(train.checkpoints, "bytes_of", noted("bytes", 1000))
+    monkeypatch.setattr(train.checkpoints, "check_room", noted("room"))
+    monkeypatch.setattr(train, "policy_of", noted("policy", SimpleNamespace(sizes="sizes")))
     monkeypatch.setattr(train.checkpoints, "found", noted("found", "the checkpoint"))
     monkeypatch.setattr(train, "stochastic_steps", noted("steps", (1,)))
     monkeypatch.setattr(train.costs, "describe", noted("cost", "one iteration: cheap"))
@@ -317,16 +317,18 @@ def test_the_program_counts_loads_trains_and_leaves_in_this_order(rank, monkeypa
     done, o = program(monkeypatch, rank)
     said = capsys.readouterr().out
     assert said == ("line 2: empty\none iteration: cheap\n" if rank == 0 else "")
-    names = [name for name, *_ in done if name not in ("steps", "cost")]
+    names = [name for name, *_ in done if name not in ("steps", "cost", "bytes", "room")]
     assert names == ["parse", "start", "policy", "found", "load", "train", "stop"]
     given = dict((name, arguments) for name, *arguments in done)
     assert given["parse"] == [["--some", "flags"], train.__doc__]
     assert given["start"] == ["cpu", 3] and given["policy"] == [o, 2]
-    assert given["train"][1:4] == ["the policy", "the rewards", "the judges"]
+    assert given["train"][2:4] == ["the rewards", "the judges"]
+    assert given["train"][1].sizes == "sizes"
     assert given["train"][-1] == "the checkpoint"
     if rank == 0:
         heldout = len(Prompts().heldout)
-        assert given["cost"] == [o, (1,), "the policy", heldout, 2, "cpu"]
+        assert given["cost"] == [o, (1,), given["train"][1], heldout, 2, "cpu"]
+        assert given["bytes"] == [o, "sizes"] and given["room"] == [Path("runs"), 1000]
 
 
 def test_a_dry_run_neither_loads_nor_trains(monkeypatch):

@@ -123,10 +123,10 @@ def test_two_files_are_reported_and_kept_apart(tmp_path):
 
 
 def test_a_line_ends_where_a_line_ends(tmp_path):
-    """At \\n, \\r or both; not at what Unicode also calls an end of a line."""
+    """At \\n or \\r\\n; not at what Unicode also calls an end of a line, nor at \\r alone."""
     path = tmp_path / "prompts.txt"
-    odd = ["a\u2028cat", "a\x85dog", "a\x0bbird", "a\x0cfish", "a\x1cgoat"]
-    path.write_bytes("\r\n".join(odd).encode() + b"\ra bee\n")
+    odd = ["a\u2028cat", "a\x85dog", "a\x0bbird", "a\x0cfish", "a\x1cgoat", "a\rhen"]
+    path.write_bytes("\r\n".join(odd).encode() + b"\na bee\n")
     assert prompts.read(path) == ([*odd, "a bee"], [])
     path.write_bytes(b"a cat\na\0dog\n")
     with pytest.raises(ValueError, match=r"prompts.txt', line 2: holds a NUL; must be text"):
@@ -151,4 +151,5 @@ def test_long_files_are_read_soon_and_reported_briefly(tmp_path):
     data = prompts.Prompts.of_files(train, heldout)
     assert len(data.train) == len(data.heldout) == 50_000
     assert len(data.report) == 18 and data.report[8] == "... and 49992 lines more of this kind"
+    assert data.digest() != prompts.Prompts.of_files(heldout, train).digest()
     assert prompts.summarised(["a"] * 8) == ["a"] * 8

@@ -11,10 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from thread_ranks import together
 
+from zoo.training import files
 from zoo.training import ranks as ranks_module
-from zoo.training.ranks import Ranks, Stopped, fail, place, stopping
+from zoo.training.ranks import Ranks, Stopped, Unwritable, fail, place, stopping
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,37 @@ def test_what_stops_one_rank_stops_both_in_its_own_words(monkeypatch):
 
     found = together(monkeypatch, lambda ranks: ranks.together(job, ranks.rank))
     assert [str(error) for error in found] == ["the disk is full"] * 2
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(28, "No space left"), SafetensorError("No space left")]
+)
+def test_a_disk_that_fails_the_first_rank_stops_both(problem, monkeypatch):
+    """In one line of the run; the other writes nothing, and does not wait."""
+
+    def write(where):
+        raise problem
+
+    def job(ranks):
+        files.by_first(ranks, Path("run"), write, "there")
+
+    found = together(monkeypatch, job)
+    assert all(isinstance(error, Unwritable) for error in found)
+    assert {str(error).split(";")[0] for error in found} == {
+        "run: cannot be written (No space left)"
+    }
+
+
+def test_ranks_that_cannot_meet_are_one_line(monkeypatch, capsys):
+    """Without an address to meet at."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        Ranks.start("cpu", 0)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "ranks cannot meet: " in err and "MASTER_ADDR" in err
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from zoo.rewards import spec
+from zoo.shapes.model import CHECKPOINT
 from zoo.training import checkpoints, command_line
 
 pytestmark = pytest.mark.usefixtures("one_process", "no_pictures")
@@ -165,7 +168,7 @@ REFUSED = {  # what is given beside --resume run, and what the line says
     "--lr 0.1": "--lr 0.1: must be 0.0002",
     "--out there": "--out there: must be left out",
     "--save-every -1": "--save-every -1: must be 0 or more",
-    "--iterations 1": "--iterations 1: must be 2 or more, which are done",
+    "--iterations 1": "must have --iterations 2 or more, which are done",
 }
 
 
@@ -185,6 +188,57 @@ def test_what_may_change_and_what_may_not(capsys):
         with pytest.raises(SystemExit):
             command_line.parse(["--resume", given])
         assert f"--resume {given}: must be the folder of a run" in capsys.readouterr().err
+
+
+def test_a_run_is_not_gone_on_with_as_another(capsys):
+    """Another option in its file, other prompts, weights of a version without checkpoints."""
+    run("--iterations", "1", "--out", "run")
+    config = Path("run/config.json")
+    plain = config.read_text()
+
+    def refused(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", "run", *flags])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    config.write_text(plain.replace('"seed": 0', '"seed": 1'))
+    assert "seed in config.json is 1, must be 0 as in run/checkpoints/000001" in refused()
+    config.write_text(plain)
+    state = checkpoints.place_of(Path("run"), 1)
+    shutil.rmtree(state.parent)
+    shutil.copyfile(CHECKPOINT, "here.safetensors")
+    Path("run/checkpoint.safetensors").unlink()
+    shutil.copyfile("here.safetensors", "run/checkpoint.safetensors")
+    assert "has checkpoint.safetensors and no checkpoints/: must be a run of this" in refused()
+    assert len(lines_of("run")) == 3  # nothing was touched
+
+
+def test_other_prompts_are_another_run(capsys):
+    """The files may lie elsewhere; their prompts may not differ."""
+    Path("train.txt").write_text("a red circle\n")
+    Path("heldout.txt").write_text("two blue squares\n")
+    files = ["--prompts", "train.txt", "--eval-prompts", "heldout.txt"]
+    run(*files, "--iterations", "1", "--out", "run")
+    Path("train.txt").write_text("a red square\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "run"])
+    assert "its prompt files must be what they were" in capsys.readouterr().err
+
+
+def test_room_is_looked_for_before_anything_is_loaded(monkeypatch, capsys):
+    """On the disk of the run's folder; in a dry run too."""
+    usage = SimpleNamespace(free=10**6)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(train, "loaded", lambda *_: pytest.fail("it was loaded"))
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stop:
+            run("--out", "run", *more)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert "--out run: its disk has 0.00 GiB free, must have 0.01 for a checkpoint" in err
 
 
 HOSTILE = ["", "[]", "null", '{"seed": "1"}', '{"seed": true}', '{"seed": NaN}', '{"sede": 1}']

@@ -132,7 +132,11 @@ def load(spec: Spec, device: str | torch.device) -> Reward:
         path, _, function = spec.name.partition(":")
         if os.getcwd() not in sys.path:  # a program's own folder is there, the working one is not
             sys.path.insert(0, os.getcwd())
+        dtype = torch.get_default_dtype()
         reward = getattr(importlib.import_module(path), function)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+            raise ValueError(f"its module must leave torch's default dtype at {dtype}")
     except (Exception, SystemExit) as error:  # of files and modules that are not ours
         said = in_a_line(error)
         raise ValueError(f"reward {spec.name!r}: cannot be loaded ({said})") from error
@@ -184,8 +188,12 @@ def within(seconds: float, job: Callable[..., Any], *arguments: Any) -> Any:
     results: list[Any] = []
     errors: list[BaseException] = []
 
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def work() -> None:
         try:
+            if device is not None:  # a new thread would be on the first
+                torch.cuda.set_device(device)
             with torch.no_grad():
                 results.append(job(*arguments))
         except BaseException as error:  # raised again below
@@ -250,7 +258,9 @@ class Rewards:
         try:
             given = images.clone(), prompts  # its own copy to spoil
             values = torch.as_tensor(within(self.limit, reward, *given)).detach().cpu()
-        except (Exception, SystemExit) as error:  # of a function that is not ours
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of a function that is not ours
             said = in_a_line(error)
             raise RuntimeError(f"reward {name!r} failed on {batch}: {said}") from error
         finally:

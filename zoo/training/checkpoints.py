@@ -21,10 +21,11 @@ import json
 import os
 import shutil
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,15 +35,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from zoo.training import files
-from zoo.training.options import Options
+from zoo.training.options import FREE, Options
 from zoo.training.policies import EMA, Policy, Sizes
+from zoo.training.prompts import Prompts
 from zoo.training.ranks import Ranks, Unwritable, fail
-
-T = TypeVar("T")
 
 FOLDER = "checkpoints"
 PIECE = 4 << 30  # bytes of a file of state, about
 KEPT = 2  # of the last; the best stays too
+KEPT_OF_RUN = ("seconds", "lines", "compared", "summary")  # what run.py has in state.json
 
 
 def place_of(run: Path, iteration: int) -> Path:
@@ -65,19 +66,30 @@ def problem_of(folder: Path) -> str:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "manifest.json cannot be read"
     if "state.json" not in listed:
         return "manifest.json does not list state.json"
+    try:
+        return difference(folder, listed)
+    except (OSError, ValueError) as problem:
+        return f"it cannot be read ({problem})"
+
+
+def difference(folder: Path, listed: Mapping[str, tuple[int, str]]) -> str:
+    """The first difference between the files of a checkpoint and those that are listed."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    there = {name for name, path in paths.items() if path.is_file()} - {"manifest.json"}
+    for name in sorted(there - listed.keys()):
+        return f"{name} is not in manifest.json"
     for name, (size, digest) in tqdm(
         listed.items(), f"verifying {folder.name}", leave=False, delay=1
     ):
-        path = folder / name
-        if not path.is_file():
+        if name not in there:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, must have {size}"
-        if digest_of(path) != digest:
+        if paths[name].stat().st_size != size:
+            return f"{name} has {paths[name].stat().st_size} bytes, must have {size}"
+        if digest_of(paths[name]) != digest:
             return f"{name} is not what was written (its SHA-256 differs)"
     return ""
 
@@ -101,11 +113,11 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         skipped.append(f"{folder}: skipped, since {problem}")
     if skipped:
-        raise ValueError(f"--resume {run}: no checkpoint is whole; {skipped[0]}")
+        raise ValueError(f"no checkpoint is whole; {skipped[0]}")
     return None, skipped
 
 
-def found(o: Options, ranks: Ranks) -> Path | None:
+def found(o: Options, data: Prompts, ranks: Ranks) -> Path | None:
     """What --resume goes on from, as `newest` has it; the first rank verifies, and says so.
 
     What a run cannot go on from is one line, and status 2.
@@ -113,19 +125,44 @@ def found(o: Options, ranks: Ranks) -> Path | None:
     place: Path | None = None
     problem = ""
     if ranks.leads and o.resume:
+        run = Path(o.resume)
         try:
-            place, skipped = newest(Path(o.resume))
-            done = int(place.name) if place else 0
-            if done > o.iterations:
-                problem = f"--iterations {o.iterations}: must be {done} or more, which are done"
+            clear(run)
+            place, skipped = newest(run)
+            if place:
+                check_state(o, data, place)
+            else:
+                check_bare(run)
             where = place or "the beginning, since there is no checkpoint yet"
             print("\n".join([*skipped, f"going on from {where}"]), flush=True)
-        except ValueError as error:
-            problem = str(error)
+        except (OSError, ValueError) as error:
+            problem = f"--resume {run}: {error}"
     place, problem = ranks.gather((place, problem))[0]
     if problem:
         fail(problem)
     return place
+
+
+def check_state(o: Options, data: Prompts, place: Path) -> None:
+    """A checkpoint is of these options and prompts. Raises ValueError where it is not."""
+    state = json.loads((place / "state.json").read_text())
+    if not {"iteration", "options", "prompts", *KEPT_OF_RUN} <= state.keys():
+        raise ValueError(f"{place} is of another version of train.py")
+    if state["iteration"] > o.iterations:
+        raise ValueError(f"must have --iterations {state['iteration']} or more, which are done")
+    for name, value in files.strict(asdict(o)).items():
+        was = state["options"].get(name, value)
+        if name not in (*FREE, "out") and value != was:
+            raise ValueError(f"{name} in config.json is {value!r}, must be {was!r} as in {place}")
+    if state["prompts"] != data.digest():
+        raise ValueError("its prompt files must be what they were when it began")
+
+
+def check_bare(run: Path) -> None:
+    """A run without checkpoints has no weights either. Raises ValueError where it has."""
+    for name in ("checkpoint.safetensors", "lora", "transformer"):
+        if (run / name).exists() and not (run / name).is_symlink():
+            raise ValueError(f"has {name} and no {FOLDER}/: must be a run of this version")
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -212,24 +249,21 @@ def write(
     averaged = average.applied if average else nullcontext
     leads = ranks.leads
 
-    def trying(job: Callable[..., T], *arguments: Any) -> T:
-        return ranks.together(in_words, run, job, *arguments)
-
     try:
-        trying(begin if leads else nothing, part, needed)
+        files.by_first(ranks, run, begin, part, needed)
         pieces = Pieces(part / "state")
         for name, tensor in state_of(tuned_of(policy), optimizer, average):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if leads:
                 pieces.add(name, whole)
-        trying(pieces.close)
+        files.by_first(ranks, run, pieces.close)
         with averaged():
-            weights = trying(policy.save, part if leads else Path(), leads)
+            to = part if leads else Path()
+            weights: str = ranks.together(files.in_words, run, policy.save, to, leads)
         generators = ranks.gather(generators_of(ranks))
         content = {"iteration": iteration, "weights": weights, **state}
-        trying(finish if leads else nothing, part, content, generators)
-        newest_weights = f"{FOLDER}/{iteration:06d}/{weights}"
-        trying(files.link if leads else nothing, run / weights, newest_weights)
+        files.by_first(ranks, run, finish, part, content, generators)
+        files.by_first(ranks, run, files.link, run / weights, f"{FOLDER}/{part.stem[1:]}/{weights}")
     except BaseException:
         if leads:
             shutil.rmtree(part, ignore_errors=True)
@@ -237,28 +271,23 @@ def write(
     return weights
 
 
-def nothing(*_: Any) -> None:
-    """What the other ranks write."""
-
-
-def in_words(run: Path, job: Callable[..., T], *arguments: Any) -> T:
-    """job(*arguments); what the disk does not do is said of the run."""
-    try:
-        return job(*arguments)
-    except (OSError, SafetensorError) as problem:
-        said = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
-        raise Unwritable(f"{run}: cannot be written ({said}); older checkpoints stay") from None
-    except ValueError as problem:
-        raise Unwritable(str(problem)) from None
-
-
 def begin(part: Path, needed: int) -> None:
     """An empty folder to write to, and none that an interruption has left."""
-    check_room(part.parent.parent, needed)
+    run = part.parent.parent
+    clear(run)
+    try:
+        check_room(run, needed)
+    except ValueError as problem:
+        raise Unwritable(str(problem)) from None
     part.parent.mkdir(exist_ok=True)
-    for left in part.parent.glob(".*"):
-        shutil.rmtree(left)
     part.mkdir()
+
+
+def clear(run: Path) -> None:
+    """Remove what interruptions have left of checkpoints."""
+    for pattern in (".*.part", ".*.gone"):
+        for left in (run / FOLDER).glob(pattern):
+            shutil.rmtree(left)
 
 
 def finish(part: Path, content: dict[str, Any], generators: Sequence[dict[str, Tensor]]) -> None:
@@ -292,9 +321,13 @@ def remove(place: Path) -> None:
         shutil.rmtree(gone)
 
 
-def prune(run: Path, best: int | None) -> None:
-    """Remove all but the last ones and the best."""
-    for iteration in saved(run)[:-KEPT]:
+def prune(run: Path, done: int, best: int | None) -> None:
+    """Remove checkpoints but the last ones up to iteration `done`, and the best.
+
+    Later ones are not whole, or the run would have gone on from there.
+    """
+    earlier = [n for n in saved(run) if n <= done]
+    for iteration in earlier[:-KEPT]:
         if iteration != best:
             remove(place_of(run, iteration))
 
@@ -342,11 +375,13 @@ def restore(
     if kinds.keys() != named.keys():
         raise ValueError(f"{folder}: holds other weights than this model trains")
     for i, (name, p) in enumerate(tqdm(named.items(), "restoring", leave=False, delay=1)):
-        found = {kind: file.get_tensor(f"{kind}.{name}") for kind, file in kinds[name].items()}
-        p.copy_(like(p, found.pop("theta")))
+        own = {kind: file.get_tensor(f"{kind}.{name}") for kind, file in kinds[name].items()}
+        if own["theta"].shape != p.shape:
+            raise ValueError(f"{folder}: {name} is {tuple(own['theta'].shape)}, must be {p.shape}")
+        p.copy_(like(p, own.pop("theta")))
         if average:
-            average.average[i].copy_(like(p, found.pop("average")))
-        for kind, value in found.items():  # of the optimiser, which counts steps on the CPU
+            average.average[i].copy_(like(p, own.pop("average")))
+        for kind, value in own.items():  # of the optimiser, which counts steps on the CPU
             optimizer.state[p][kind] = value if kind == "step" else like(p, value)
     restore_generators(load_file(folder / "random.safetensors"), ranks)
     content: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -357,7 +392,8 @@ def like(p: Tensor, value: Tensor) -> Tensor:
     """A value where p is, and cut up as p is."""
     value = value.to(p.device)
     if isinstance(p, DTensor):
-        return distribute_tensor(value, p.device_mesh, p.placements)
+        # Every rank has read it: nothing is sent, and nobody waits for a rank that failed.
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     return value
 
 

@@ -137,7 +137,7 @@ def options_in(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path}: cannot be read; must be the options of a run") from None
     if not isinstance(found, dict) or not found.keys() <= ABOUT.keys():
         raise ValueError(f"{path}: must be options of this version of train.py, and no others")
@@ -147,11 +147,16 @@ def options_in(path: Path) -> dict[str, Any]:
         kind = several[0] if several else TYPES[name]
         values = value if several and isinstance(value, list) else [value]
         if kind is float:
-            values = [float(z) if type(z) is int or z in ("inf", "nan") else z for z in values]
+            values = [float(z) if is_number(z) else z for z in values]
         if isinstance(value, list) != bool(several) or any(type(z) is not kind for z in values):
             raise ValueError(f"{path}: {name} is {value!r}, which is not what {flag(name)} takes")
         options[name] = tuple(values) if several else values[0]
     return options
+
+
+def is_number(value: Any) -> bool:
+    """Whether a float is spelled otherwise in JSON: as a whole number, or as a word."""
+    return value in ("inf", "nan") or (type(value) is int and abs(value) < 2**63)
 
 
 @contextmanager
@@ -271,6 +276,9 @@ def check_contents(o: Options) -> Prompts:
     data = prompts_of(o)
     asked = [*data.train, *data.heldout]
     rewards = [*spec.parse(o.reward), *spec.parse(o.eval_reward)]
+    for reward in rewards:
+        if ":" in reward.name:
+            spec.load(reward, "cpu")  # somebody's module, which is to be there
     if any(reward.name in spec.RULES for reward in rewards):
         if o.model:
             raise ValueError(

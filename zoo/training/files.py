@@ -5,10 +5,34 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+
+from zoo.training.ranks import Ranks, Unwritable
+
+T = TypeVar("T")
+
+
+def by_first(ranks: Ranks, run: Path, job: Callable[..., None], *arguments: Any) -> None:
+    """job(*arguments) on the first rank. Raises Unwritable, on all, where its disk fails."""
+    ranks.together(in_words, run, job if ranks.leads else nothing, *arguments)
+
+
+def nothing(*_: Any) -> None:
+    """What the other ranks write."""
+
+
+def in_words(run: Path, job: Callable[..., T], *arguments: Any) -> T:
+    """job(*arguments). Raises Unwritable, of the run, for what a disk does not do."""
+    try:
+        return job(*arguments)
+    except (OSError, SafetensorError) as problem:
+        said = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
+        raise Unwritable(f"{run}: cannot be written ({said}); checkpoints stay whole") from None
 
 
 def flush(path: Path) -> None:
@@ -81,6 +105,12 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a file of JSON lines, in one piece."""
-    with path.open("a") as file:
-        file.write(to_json(line) + "\n")
+    """Add a line to a file of JSON lines: all of it, or where the disk fails nothing."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(to_json(line) + "\n")
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise

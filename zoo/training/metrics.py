@@ -36,7 +36,9 @@ def merge(parts: Sequence[Metrics], shares: Sequence[float] = ()) -> Metrics:
     of members with a signal, by their number, and its rewards by the groups that have any.
     """
     shares = shares or [1.0] * len(parts)
-    rewarded = [z * (1 - part.get("poisoned_groups", 0)) for z, part in zip(shares, parts)]
+    rewarded = [
+        z * (1 - part.get("poisoned_groups", 0)) for z, part in zip(shares, parts, strict=True)
+    ]
     signal = [share * part["signal"] for share, part in zip(shares, parts, strict=True)]
     merged: Metrics = {}
     for name in parts[0]:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -89,8 +88,10 @@ GUIDANCE = ", ".join(f"{z.default_guidance} of {z.name}" for z in families.FAMIL
 
 def is_free(folder: str) -> bool:
     """Whether a run may write there: no such path, an empty folder, or "" for a default."""
-    path = Path(folder)
-    return not os.path.lexists(folder) or (path.is_dir() and not any(path.iterdir()))
+    try:
+        return not folder or not os.listdir(folder)
+    except OSError:
+        return not os.path.lexists(folder)
 
 
 def is_run(folder: str) -> bool:
@@ -168,7 +169,10 @@ class Options:
         metavar="REWARD",
     )
     reward_timeout: float = align(
-        0.0, "seconds that a call of a reward may take; 0: any", AMOUNT, metavar="SECONDS"
+        0.0,
+        "seconds that a call of a reward may take; 0: any",
+        Rule("0 or a positive number, 1e6 at most", lambda z: 0 <= z <= 1e6),
+        metavar="SECONDS",
     )
     prompts: str = align("", "training prompts, a text file, one per line", metavar="FILE")
     eval_prompts: str = align(

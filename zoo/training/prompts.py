@@ -7,6 +7,8 @@ IMAGES_PER_PROMPT pictures of each, and again where more are asked for than ther
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,18 +35,18 @@ def read(path: str | Path) -> tuple[list[str], list[str]]:
     """(prompts, report): distinct prompts in their order, and a line for each line left out.
 
     Left out is what is empty or seen before. UTF-8, with or without a byte order mark; a line ends
-    with \\n, \\r or both, and spaces around a prompt are not part of it. Raises ValueError for a
+    with \\n or \\r\\n, and spaces around a prompt are not part of it. Raises ValueError for a
     file that cannot be read, holds a NUL, or has no prompt.
     """
     at = f"prompts {str(path)!r}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # every end of a line as \n
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"{at}: cannot be read ({said}); must be a text file in UTF-8") from None
     first: dict[str, int] = {}
     report = []
-    # Not str.splitlines: it would also cut a prompt at a form feed or a U+2028 in it.
+    # Not splitlines, which would cut a prompt at a form feed or a U+2028 in it.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         prompt = line.strip()
         if "\0" in prompt:
@@ -96,6 +98,11 @@ class Prompts:
                 raise ValueError(f"prompts {str(heldout)!r}: {wanted}")
         both = [*summarised(report), *summarised(report_held)]
         return cls(tuple(ours), tuple(held), tuple(both))
+
+    def digest(self) -> str:
+        """SHA-256 of all prompts, in order."""
+        told = json.dumps([self.train, self.heldout]).encode()
+        return hashlib.sha256(told).hexdigest()
 
     def draw(
         self, seed: int, iteration: int, indices: Iterable[int]

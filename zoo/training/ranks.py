@@ -44,8 +44,8 @@ class Interrupted(Exception):
 
 
 def fail(message: str, anywhere: bool = False, status: int = REFUSED) -> NoReturn:
-    """End this process with a status and a line on standard error: rank 0's, or any rank's."""
-    if anywhere or os.environ.get("RANK", "0") == "0":
+    """End this process with a status and a line on standard error: a node's, or any rank's."""
+    if anywhere or "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")):
         said = " ".join(message.splitlines())  # it may quote what was typed
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {said}\n")
     sys.exit(status)
@@ -91,7 +91,10 @@ class Ranks:
             torch.set_num_threads(threads)
         if world > 1 and not dist.is_initialized():
             # Ranks wait for each other while one loads or writes tens of gigabytes.
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+            except (ValueError, RuntimeError) as problem:  # torchrun's variables, or the network
+                fail(f"ranks cannot meet: {problem}", anywhere=True)
         return cls(rank, world, own)
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import count
@@ -31,6 +31,7 @@ from zoo.training.prompts import Prompts
 from zoo.training.ranks import Interrupted, Ranks, Stopped, Unwritable
 
 BEFORE = "before.safetensors"  # what was drawn first, for a run that goes on
+NOT_FINITE = "not_finite.json"
 
 
 class Interrupt:
@@ -78,15 +79,18 @@ class Run:
         self.compared: list[Line] = []
         self.blocks: dict[str, pictures.Block] = {}
         self.summary: dict[str, Any] = {"heldout": {}, "heldout_family": {}, "diversity": {}}
-        if ranks.leads:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                config = {name: z for name, z in asdict(o).items() if name != "resume"}
-                files.write_json(self.folder / "config.json", config)
-            except OSError as problem:
-                said = f"cannot be written ({problem.strerror})"
-                raise Stopped(f"--out {self.folder}: {said}") from None
-            print(f"writing {self.folder}/", flush=True)
+        self.write(self.make)
+
+    def write(self, job: Callable[..., None], *arguments: Any) -> None:
+        """job(*arguments) on the first rank. Raises Unwritable, on all, where its disk fails."""
+        files.by_first(self.ranks, self.folder, job, *arguments)
+
+    def make(self) -> None:
+        """The folder, with all options."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {name: z for name, z in asdict(self.o).items() if name != "resume"}
+        files.write_json(self.folder / "config.json", config)
+        print(f"writing {self.folder}/", flush=True)
 
     def begin(self, optimizer: torch.optim.Optimizer, average: policies.EMA | None) -> None:
         """What training moves, as the checkpoint has it, and the run's own lines and figures."""
@@ -97,12 +101,16 @@ class Run:
             self.began -= state["seconds"]
             self.lines, self.compared = state["lines"], state["compared"]
             self.summary = state["summary"]
-        if self.ranks.leads and self.o.resume:
-            files.write_lines(self.folder / "metrics.jsonl", self.lines)
-            if self.compared:
-                files.write_lines(self.folder / "compare.jsonl", self.compared)
-        if self.done:
             self.blocks = read_block(self.folder / BEFORE)
+        if self.o.resume:
+            self.write(self.rewind)
+
+    def rewind(self) -> None:
+        """The files of the run as they were at the checkpoint."""
+        for name, lines in (("metrics.jsonl", self.lines), ("compare.jsonl", self.compared)):
+            if lines or (self.folder / name).exists():
+                files.write_lines(self.folder / name, lines)
+        (self.folder / NOT_FINITE).unlink(missing_ok=True)
 
     def listen(self) -> None:
         """Raise Interrupted, on all ranks, where one was asked to end."""
@@ -114,15 +122,13 @@ class Run:
         seconds = round(time.perf_counter() - self.began, 2)
         line = {"iteration": iteration, **metrics, "seconds": seconds}
         self.lines.append(line)
-        if self.ranks.leads:
-            files.append_line(self.folder / "metrics.jsonl", line)
+        self.write(files.append_line, self.folder / "metrics.jsonl", line)
 
     def compare(self, iteration: int, lines: Sequence[Line]) -> None:
         """Append lines to compare.jsonl: each k-term beside the original."""
         for line in lines:
             self.compared.append({"iteration": iteration, **line})
-            if self.ranks.leads:
-                files.append_line(self.folder / "compare.jsonl", self.compared[-1])
+            self.write(files.append_line, self.folder / "compare.jsonl", self.compared[-1])
 
     def look(self) -> None:
         """Judge held-out pictures and draw some, where that is due: by the averaged weights."""
@@ -147,13 +153,16 @@ class Run:
         block = draw_block(*what, self.listen)
         before = dict(list(self.blocks.items())[:1])
         self.blocks = before | {title: block}
-        if self.ranks.leads:
-            judged = self.lines and f"heldout_{self.first_judge}" in self.lines[-1]
-            headline = pictures.headline(self.lines, self.first_judge) if judged else ""
-            with files.replacing(self.folder / "before_after.png") as path:
-                pictures.draw_grid(self.blocks, prompts, path, headline)
-            if title == "before":
-                write_block(self.folder / BEFORE, block)
+        self.write(self.draw_blocks, prompts)
+        if title == "before":
+            self.write(write_block, self.folder / BEFORE, block)
+
+    def draw_blocks(self, prompts: Sequence[str]) -> None:
+        """before_after.png, with a headline where something was judged just now."""
+        judged = self.lines and f"heldout_{self.first_judge}" in self.lines[-1]
+        headline = pictures.headline(self.lines, self.first_judge) if judged else ""
+        with files.replacing(self.folder / "before_after.png") as path:
+            pictures.draw_grid(self.blocks, prompts, path, headline)
 
     def judge(self, iteration: int, when: str = "") -> None:
         """Log the held-out means of the first number of ODE steps.
@@ -193,6 +202,7 @@ class Run:
             "compared": self.compared,
             "summary": self.summary,
             "options": asdict(self.o),
+            "prompts": self.data.digest(),
         }
         what = self.policy, self.optimizer, self.average, state
         needed = checkpoints.bytes_of(self.o, self.policy.sizes)
@@ -200,24 +210,31 @@ class Run:
             self.folder, self.done, *what, needed, self.ranks
         )
         self.saved = self.done
-        if self.ranks.leads:
-            checkpoints.prune(self.folder, self.best())
-        self.ranks.gather(None)  # nobody goes on, or away, before that is done
+        self.write(checkpoints.prune, self.folder, self.done, self.best())
 
     def best(self) -> int | None:
         """The iteration after which the first judge's held-out mean was highest."""
         name = f"heldout_{self.first_judge}"
         judged = [(line[name], line["iteration"]) for line in self.lines if name in line]
-        return max(judged)[1] if judged else None
+        trained = [(mean, iteration) for mean, iteration in judged if iteration > 0]
+        return max(trained)[1] if trained else None
 
     def stop(self, problem: Stopped) -> None:
-        """Keep what there is where that can be; numbers that are not finite in not_finite.json."""
-        if isinstance(problem, finite.NotFinite) and self.ranks.leads:
-            files.write_json(self.folder / "not_finite.json", problem.report)
-        if problem.keep:
-            self.save()
-        if not isinstance(problem, Unwritable):
+        """Keep what there is where that can be; numbers that are not finite in a file.
+
+        What the disk refuses of it is said, and hides nothing of the problem.
+        """
+        if isinstance(problem, Unwritable):
+            return
+        try:
+            if isinstance(problem, finite.NotFinite):
+                self.write(files.write_json, self.folder / NOT_FINITE, problem.report)
+            if problem.keep:
+                self.save()
             self.report(complete=False)
+        except Stopped as second:
+            if self.ranks.leads:
+                print(second, flush=True)
 
     def finish(self, complete: bool) -> None:
         """Report for the last time, and say how the run ended."""
@@ -231,14 +248,16 @@ class Run:
 
     def report(self, complete: bool) -> None:
         """Draw curve.png, and compare.png, and write summary.json as of now."""
-        if not self.ranks.leads:
-            return
+        self.write(self.draw_curves)
+        self.write(self.summarise, complete)
+
+    def draw_curves(self) -> None:
+        """The run so far."""
         with files.replacing(self.folder / "curve.png") as path:
             pictures.draw_curve(self.lines, self.first_judge, path, pairs=self.o.heldout)
         if self.compared:
             with files.replacing(self.folder / "compare.png") as path:
                 draw_comparison(self.compared).savefig(path, dpi=style.DPI)
-        self.summarise(complete)
 
     def summarise(self, complete: bool) -> None:
         """Write summary.json: held-out figures, and where, with what and how long."""
