@@ -163,7 +163,7 @@ def test_a_loaded_pipeline_is_frozen_and_evaluates(name, flow):
 
 def test_a_revision_is_asked_of_every_file(folders, monkeypatch):
     """Of index, weights, configurations and scheduler; pickled weights are never read."""
-    asked = []
+    asked, safe = [], []
 
     def of_folder(place, name):
         plain = getattr(place, name)
@@ -173,7 +173,7 @@ def test_a_revision_is_asked_of_every_file(folders, monkeypatch):
                 return plain(path, *args, **how)
             asked.append((name, how.get("subfolder"), how.pop("revision", None)))
             if place is DiffusionPipeline and name == "from_pretrained":
-                assert how.get("use_safetensors") is True
+                safe.append((how.get("use_safetensors"), how.get("trust_remote_code")))
             return plain(str(folders["flux"]), *args, **how)
 
         monkeypatch.setattr(place, name, noted)
@@ -191,6 +191,7 @@ def test_a_revision_is_asked_of_every_file(folders, monkeypatch):
     families.load("owner/name", revision="abc")
     assert ("from_pretrained", None, "abc") in asked and ("load_config", None, "abc") in asked
     assert all(revision == "abc" for name, part, revision in asked if part is None)
+    assert safe == [(True, False)]
 
 
 def test_a_policy_loads_what_its_options_say(monkeypatch, folders):
