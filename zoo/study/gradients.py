@@ -63,7 +63,7 @@ class Size:
     eval_steps: tuple[int, ...]
 
 
-FULL = Size(16, 8, 8, 12, 512, (0.05, 0.2), (8, 16, 40, 80))
+FULL = Size(16, 8, 8, 12, 256, (0.05, 0.2), (8, 16, 40, 80))
 # For the tests: over in seconds, and shows nothing.
 QUICK = Size(3, 1, 1, 3, 8, (0.05,), (1, 2))
 
