@@ -160,7 +160,7 @@ def test_the_quick_study_runs(tmp_path, capsys):
     path = tmp_path / "train-quick.jsonl"
     main(["train", "--plan", "quick", "--out", str(path)])
     lines = lines_of(path)
-    assert [line["role"] for line in lines] == ["before", *["search"] * 2, *["judged"] * 4]
+    assert [line["role"] for line in lines] == ["before", "search", *["judged"] * 4]
     for line in lines[1:]:
         config = line["config"]
         assert (config["seed"], config["lr"]) == (line["seed"], line["lr"])

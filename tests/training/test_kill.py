@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_killed_run_loses_nothing():
     """At some changes of files and some moments; tests/kill.py alone has all, and sharded runs."""
-    some = ["--every", "13", "--moments", "2"]
+    some = ["--every", "20", "--moments", "1"]
     words = [sys.executable, str(ROOT / "tests" / "kill.py"), *some]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout

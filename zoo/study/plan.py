@@ -217,7 +217,7 @@ GPU = Plan(
 # For the tests: a study that is over in half a minute and shows nothing.
 QUICK = Plan(
     "quick",
-    ((Arm("k1", "k = 1", K1, 2), Arm("midpoint", "midpoint", MIDPOINT, 2)),),
+    ((Arm("k1", "k = 1", K1, 2), Arm("midpoint", "midpoint", MIDPOINT, 2, "k1")),),
     (less("midpoint − k = 1", "midpoint", "k1", primary=True),),
     seeds=(200, 201),
     search_seeds=(100,),
