@@ -1,12 +1,15 @@
 """The report: paired by seed, at the right rate and steps, decided only when all is there."""
 
+import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
 
-from zoo.study import report
+from zoo.study import gradients, report
+from zoo.study.gradients import identity
 from zoo.study.inference import holm, interval
 from zoo.study.plan import LAPTOP, Arm, less
 from zoo.study.training import read
@@ -135,4 +138,22 @@ def test_the_page_has_the_tables_of_the_results():
     whole = [line for line in lines if line["role"] == "before" or line["arm"] in done]
     rows = report.arms_table(LAPTOP, whole) + report.differences_table(LAPTOP, whole)
     assert {"k1", "S23", "midpoint"} <= done and not any("so far" in row for row in rows)
+    assert told == rows
+
+
+def test_the_page_has_the_tables_of_study_a():
+    """Of gradients, and of every step that was made along them, in this order."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs/EVIDENCE.md").read_text()
+    section = page.split("\n## Study A")[1].split("\n## ")[0]
+    told = [row for row in section.splitlines() if row.startswith("|")]
+    results = root / "zoo/study/results"
+    found = json.loads((results / "gradients.json").read_text())
+    gained = gradients.read_gains(results / "gains.jsonl")
+    norms = report.complete_norms(gained)
+    assert {line["study"] for line in gained} == {found["study"]} == {identity(gradients.FULL)}
+    assert norms == list(gradients.FULL.norms)
+    rows = report.gradients_table(found["arms"])
+    for norm, how in product(norms, ("plain", "adam")):
+        rows += report.gains_table(gained, norm, how)
     assert told == rows

@@ -279,7 +279,7 @@ def complete_norms(gained: Sequence[Line]) -> list[float]:
 
 
 def figures(plan: Plan, folder: Path) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of each study that there are results for; of Study A at its middle norm."""
+    """(name, figure) of each study that there are results for; of Study A at its smallest norm."""
     trained = read(folder / f"train-{plan.name}.jsonl", plan)
     if any(True for _ in differences(plan, trained)):
         yield "evidence.png", draw_differences(plan, trained)
@@ -287,7 +287,7 @@ def figures(plan: Plan, folder: Path) -> Iterator[tuple[str, Figure]]:
     norms = complete_norms(gained)
     if norms:
         found = json.loads((folder / "gradients.json").read_text())
-        yield "gradients.png", draw_gradients(found, gained, "adam", norms[len(norms) // 2])
+        yield "gradients.png", draw_gradients(found, gained, "adam", norms[0])
 
 
 @style.styled
