@@ -15,7 +15,7 @@ import torch
 
 from zoo.training import run as run_module
 from zoo.training.finite import Found, NotFinite
-from zoo.training.options import Options
+from zoo.training.options import Options, is_free
 from zoo.training.pictures import Block
 from zoo.training.policies import Sizes
 from zoo.training.prompts import Prompts
@@ -335,6 +335,9 @@ def test_a_run_has_a_folder_of_its_own(studio, capsys):
     assert free_folder("toy") == Path("runs/toy-2") and free_folder("x") == Path("runs/x-1")
     made(o=Options())
     assert Path("runs/toy-2/config.json").is_file()
+    Path("begun").mkdir()
+    Path("begun/.part-config.json").write_text("{")  # all that a run killed at once has left
+    assert is_free("begun") and not is_free("runs")
     Path("file").write_text("")
     with pytest.raises(Stopped, match=r"file/below: cannot be written"):
         made(o=Options(out="file/below"))

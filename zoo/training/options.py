@@ -87,9 +87,12 @@ GUIDANCE = ", ".join(f"{z.default_guidance} of {z.name}" for z in families.FAMIL
 
 
 def is_free(folder: str) -> bool:
-    """Whether a run may write there: no such path, an empty folder, or "" for a default."""
+    """Whether a run may write there: no such path, an empty folder, or "" for a default.
+
+    Half a first file, of a run that was killed as it began, is nothing.
+    """
     try:
-        return not folder or not os.listdir(folder)
+        return not folder or all(name.startswith(".part-") for name in os.listdir(folder))
     except OSError:
         return not os.path.lexists(folder)
 
