@@ -118,7 +118,8 @@ def iterate(
 ) -> Metrics:
     """One iteration of Algorithm 1 on this rank's share of the prompts. Returns its metrics.
 
-    compared is told how the k-terms compare with the original, before the first update.
+    compared is told how the k-terms compare with the original, before the first update. Raises
+    Stopped where a reward fails, and NotFinite before the weights would move by such numbers.
     """
     process, steps = process_of(o, policy), stochastic_steps(o, policy, iteration)
     prompts, generators = data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))
@@ -176,8 +177,8 @@ def advantages_of(
 ) -> tuple[Tensor, Tensor]:
     """Advantages [P, N, G] of the total reward, and which groups [P, N] are poisoned.
 
-    These have a reward or an advantage that is not finite. They stop the run; with --poisoned skip
-    their advantages are 0, unless no rank has any other group.
+    These have a reward or an advantage that is not finite. With --poisoned skip their advantages
+    are 0. Raises NotFinite without it, and where no rank has any other group.
     """
     finite_groups = total.isfinite().all(-1, keepdim=True)
     advantages = ADVANTAGES[o.advantages](total.where(finite_groups, 0.0))
@@ -205,9 +206,9 @@ def bad_update(
     for part, metrics in zip(parts, measured, strict=True):
         if not math.isfinite(metrics["loss"]):
             return finite.Found("the loss", prompts[part.prompts][0], [metrics["loss"]])
-    return (
-        None if math.isfinite(grad_norm) else finite.Found("the gradient's norm", "", [grad_norm])
-    )
+    if not math.isfinite(grad_norm):
+        return finite.Found("the gradient's norm", "", [grad_norm])
+    return None
 
 
 def score(o: Options, policy: policies.Policy, prompts: Sequence[str], part: Part) -> Metrics:

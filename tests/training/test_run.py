@@ -224,7 +224,7 @@ def test_an_interrupted_run_says_so(studio, written, capsys):
     assert {"diffusers", "transformers", "peft"} < summary["versions"].keys()
 
 
-def test_what_goes_on_begins_with_what_was(studio, written, monkeypatch):
+def test_what_goes_on_begins_with_what_was(studio, written, monkeypatch, capsys):
     """Lines, figures, clock and first pictures; metrics beyond the checkpoint are dropped."""
     run = whole_run()
     state = written[0][2] | {"seconds": 100.0, "lines": run.lines[:2]}
@@ -240,7 +240,9 @@ def test_what_goes_on_begins_with_what_was(studio, written, monkeypatch):
     assert next(iter(studio.grids[-1][0].items())) == ("before", 1)
     assert "resume" not in json.loads(Path("a/b/config.json").read_text())
     Path("a/b/before.safetensors").write_text("spoiled")
-    assert run_module.read_block(Path("a/b/before.safetensors")) == {}
+    capsys.readouterr()
+    made(0, o, Path("a/b/checkpoints/000002")).begin("the optimiser", None)
+    assert "before.safetensors: cannot be read; pictures begin" in capsys.readouterr().out
 
 
 def test_a_run_that_stops_keeps_what_can_be_kept(studio, written):

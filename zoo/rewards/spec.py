@@ -63,20 +63,18 @@ def parse_one(text: str) -> Spec:
     Raises ValueError for anything else, for a weight that is not positive and finite, and for a
     revision of a place that exists here, which is no repository.
     """
-    head, colon, last = text.rpartition(":")
+    known = (*RULES, *MODELS)
+    head, _, last = text.rpartition(":")
     # In module:function the function may be called nan, or inf.
-    could_be_function = last.isidentifier() and ":" not in head and head not in (*RULES, *MODELS)
+    is_name = last.isidentifier() and ":" not in head and "=" not in head and head not in known
     try:
-        weight, body = float(last), head
+        weight, body = (1.0, text) if is_name else (float(last), head)
     except ValueError:  # no weight: the colon of module:function, or none
-        weight, body = 1.0, text
-    if could_be_function and "=" not in head:
         weight, body = 1.0, text
     name, equals, place = body.partition("=")
     place, _, revision = place.partition("@")
     own, _, _ = revision.partition("@")  # then perhaps that of the tokenizer's repository
 
-    known = (*RULES, *MODELS)
     module, colon, function = name.partition(":")
     is_function = bool(module and function) and ":" not in function
     bad_weight = ValueError(f"reward {text!r}: its weight must be a positive number")

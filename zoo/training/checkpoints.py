@@ -171,13 +171,9 @@ def check_bare(run: Path) -> None:
 def bytes_of(o: Options, sizes: Sizes) -> int:
     """What a checkpoint takes, to a few per cent."""
     copies = 1 + (2 if o.optimizer == "adamw" else 0) + (1 if o.ema else 0)
-    exported = 4 * sizes.tuned if o.tune == "lora" else exported_bytes(o) * sizes.weights
+    each = 2 if o.dtype == "bfloat16" else 4  # bytes of a weight as others load it
+    exported = 4 * sizes.tuned if o.tune == "lora" else each * sizes.weights
     return 4 * copies * sizes.tuned + exported
-
-
-def exported_bytes(o: Options) -> int:
-    """Of a weight, as others load it."""
-    return 2 if o.dtype == "bfloat16" else 4
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -259,7 +255,7 @@ def write(
         files.by_first(ranks, run, pieces.close)
         with averaged():
             to = part if leads else Path()
-            weights: str = ranks.together(files.in_words, run, policy.save, to, leads)
+            weights: str = ranks.together(files.on_disk, run, policy.save, to, leads)
         generators = ranks.gather(generators_of(ranks))
         content = {"iteration": iteration, "weights": weights, **state}
         files.by_first(ranks, run, finish, part, content, generators)

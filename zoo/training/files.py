@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 def by_first(ranks: Ranks, run: Path, job: Callable[..., None], *arguments: Any) -> None:
     """job(*arguments) on the first rank. Raises Unwritable, on all, where its disk fails."""
-    ranks.together(in_words, run, job if ranks.leads else nothing, *arguments)
+    ranks.together(on_disk, run, job if ranks.leads else nothing, *arguments)
 
 
 def nothing(*_: Any) -> None:
     """What the other ranks write."""
 
 
-def in_words(run: Path, job: Callable[..., T], *arguments: Any) -> T:
+def on_disk(run: Path, job: Callable[..., T], *arguments: Any) -> T:
     """job(*arguments). Raises Unwritable, of the run, for what a disk does not do."""
     try:
         return job(*arguments)

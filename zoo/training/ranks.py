@@ -119,7 +119,7 @@ class Ranks:
         return values
 
     def together(self, job: Callable[..., T], *arguments: Any) -> T:
-        """job(*arguments) on every rank; where one fails, Stopped, or what is one, on all.
+        """job(*arguments) on every rank; where one fails, Stopped or Unwritable on all.
 
         So nobody waits for a rank that is gone.
         """

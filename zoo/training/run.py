@@ -102,6 +102,8 @@ class Run:
             self.lines, self.compared = state["lines"], state["compared"]
             self.summary = state["summary"]
             self.blocks = read_block(self.folder / BEFORE)
+            if self.ranks.leads and not self.blocks:
+                print(f"{self.folder / BEFORE}: cannot be read; pictures begin with the next")
         if self.o.resume:
             self.write(self.rewind)
 
