@@ -70,6 +70,11 @@ class Bench:
         self.scene = functools.cache(self.new_scene)
         self.precise = functools.cache(self._precise)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the gradients of --model are too large to be held whole."""
+        return self.model is not None and fields.is_large(self.fixture("embedded").field)
+
     def theory(self, kernel: str) -> theory.Theory:
         return self.records[kernel]
 

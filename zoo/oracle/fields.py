@@ -31,6 +31,9 @@ from zoo.shapes import world
 DIM = 6  # dimensions of the fields without a picture
 RAPID = 25.0  # about four turns of the hidden units over t in [0, 1]
 PROMPTS = ("two red circles", "a blue square left of a green triangle")
+# Up to so many parameters gradients are held whole, in float64, several at once (0.4 GB each);
+# beyond, each is reduced to its derivatives along two directions as soon as it is taken.
+WHOLE = 50_000_000
 
 
 class Fixture(NamedTuple):
@@ -39,6 +42,16 @@ class Fixture(NamedTuple):
     name: str
     field: nn.Module
     shape: tuple[int, ...]
+
+
+def size(field: nn.Module) -> int:
+    """How many numbers theta is."""
+    return sum(p.numel() for p in field.parameters())
+
+
+def is_large(field: nn.Module) -> bool:
+    """Whether gradients of theta are too large to be held whole."""
+    return size(field) > WHOLE
 
 
 def column(t: Tensor, x: Tensor) -> Tensor:
@@ -143,6 +156,8 @@ class Piped(nn.Module):
         self.shape = flow.shape(height, width)
         self.prompts = len(prompts)
         self.network = flow.transformer.requires_grad_(True)
+        if is_large(self.network):
+            flow.transformer.enable_gradient_checkpointing()
         texts = flow.encode(prompts)
         flow.drop_encoders()
         self.velocity = flow.velocity(texts, height, width, flow.single_guidance)

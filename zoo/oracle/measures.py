@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pave_grpo as pave
+from zoo.oracle import fields
 from zoo.oracle.bench import ETA, Scene
 from zoo.oracle.theory import Theory
 
@@ -44,7 +45,11 @@ def only(k: int, weight: float | Tensor = 1.0) -> dict[str, Any]:
 
 
 def flat_gradient(value: Tensor, field: nn.Module) -> Tensor:
-    """d value / d theta as one float64 vector; zeros where theta does not enter."""
+    """d value / d theta as one float64 vector; zeros where theta does not enter.
+
+    Of a large field (fields.is_large) its two `projections`: equal gradients have equal ones, and
+    their sums and multiples are those of the gradients; angles cannot be told from them.
+    """
     grads = torch.autograd.grad(
         value,
         [*field.parameters()],
@@ -52,7 +57,27 @@ def flat_gradient(value: Tensor, field: nn.Module) -> Tensor:
         allow_unused=True,
         materialize_grads=True,
     )
+    if fields.is_large(field):
+        return projections(grads)
     return torch.cat([g.flatten().double() for g in grads])
+
+
+def projections(grads: Sequence[Tensor | None]) -> Tensor:
+    """A gradient's derivatives along two directions of random signs, float64 [2]; None is zero.
+
+    The directions are r_1, r_2 in {-1, 1}^theta, the same in every call on a device. They are drawn
+    one parameter at a time and thrown away. (r . g)^2 is |g|^2 on average.
+    """
+    along = torch.zeros(2, dtype=torch.float64)
+    for i, g in enumerate(grads):
+        if g is None:
+            continue
+        for n in range(2):
+            coins = torch.Generator(g.device).manual_seed(2 * i + n)
+            heads = torch.randint(0, 2, g.shape, generator=coins, device=g.device, dtype=torch.int8)
+            signs = (2 * heads - 1).to(g.dtype)
+            along[n] += (signs * g).sum(dtype=torch.float64).cpu()
+    return along
 
 
 def term_gradient(
@@ -111,6 +136,14 @@ def condition(scene: Scene, k: int, whole: Tensor) -> float:
         p = pave.rescore(scene.field, scene.rollout, only(k)["factors"])[k]
     terms = pave.per_row(A, x_s) * (x_s.abs() + p.mean.abs()) / pave.per_row(p.std, p.mean) ** 2
     return (norms(terms.sum(2)) / norms(whole)).max().item()
+
+
+def rounding_of(scene: Scene) -> float:
+    """The largest |x_s|/c: by how much rounding of a mean is magnified in a log-density."""
+    rollout = scene.rollout
+    with torch.no_grad():
+        std = pave.rescore(scene.field, rollout, ())[1].std
+    return max(1.0, (rollout.x_s.abs() / pave.per_row(std, rollout.x_s)).max().item())
 
 
 # ---- The same by definition, free of pave_grpo's decomposition -----------------------------------

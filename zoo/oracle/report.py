@@ -312,7 +312,11 @@ def environment(bench: Bench) -> dict[str, Any]:
 
 
 def to_json(
-    rows: Sequence[Row], claims: Claims, bench: Bench, comparison: list[dict[str, Any]]
+    rows: Sequence[Row],
+    claims: Claims,
+    bench: Bench,
+    comparison: list[dict[str, Any]],
+    numerics: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The whole report; what is no number is null."""
     names = list(dict.fromkeys(row.claim for row in rows))
@@ -332,6 +336,7 @@ def to_json(
         "rows": [as_json(row) for row in rows],
         "estimates": estimates(rows),
         "comparison": comparison,
+        "numerics": list(numerics),
     }
     no_nan = json.loads(json.dumps(report), parse_constant=lambda _: None)
     return json.dumps(no_nan, indent=1) + "\n"
