@@ -31,7 +31,7 @@ REPORT = {
     "plots": ("--plots drawn", Path("drawn")),
 }
 ELSEWHERE = {"model", "prompt", "dtype", "size", "verdicts"}
-ELSEWHERE |= {"vary_seed", "against", "vectors", "check_vectors"}
+ELSEWHERE |= {"vary_seed", "against", "time_limit", "vectors", "check_vectors", "compare_vectors"}
 
 
 def test_no_flag_is_forgotten():
@@ -49,9 +49,11 @@ class StandIns:
         for module, name, answer in (
             (oracle.judging, "main", 11),
             (oracle.vectors, "main", 12),
+            (oracle.vectors, "judge", 13),
             (oracle, "compare", [{"line": 1}]),
             (oracle, "show_comparison", "the comparison"),
             (oracle, "draw_figures", ["a picture"]),
+            (oracle.numerics, "measure", []),
             (oracle.report, "front_page", "the front page"),
             (oracle.report, "every_row", "every row"),
             (oracle.report, "show_estimates", "estimates"),
@@ -97,7 +99,7 @@ def whole(main, capsys):
     ((used, names),), said = seen.given("run"), capsys.readouterr().out
     (told,), (drawn,) = seen.given("to_json"), seen.given("draw_figures")
     table = [{"line": 1}, {"line": 1}]  # one line of each kernel
-    assert told == [[], oracle.CLAIMS, used, table] and drawn[:2] == [used, table]
+    assert told == [[], oracle.CLAIMS, used, table, []] and drawn[:2] == [used, table]
     assert "the front page" in said and "look at a picture" in said and "estimates" not in said
     assert ("the comparison" in said) and seen.given("show_comparison") == [[table, used]]
     return {
@@ -201,15 +203,17 @@ def test_a_pipeline_is_tested_at_its_size(main, monkeypatch, tmp_path):
 
 
 def test_other_work_returns_its_own_status(main):
-    """The judge's, with the seed or without; the vectors', written or checked."""
+    """The judge's, with the seed or without; the vectors', written, checked or compared."""
     status, seen = main("--against mine:f --seed 5")
-    assert status == 11 and seen.calls == [("main", "mine:f", 5)]
-    status, seen = main("--against mine:f")
-    assert status == 11 and seen.calls == [("main", "mine:f", None)]
+    assert status == 11 and seen.calls == [("main", "mine:f", 5, None, None)]
+    status, seen = main("--against mine:f --time-limit 9 --json a.json")
+    assert status == 11 and seen.calls == [("main", "mine:f", None, 9.0, "a.json")]
     status, seen = main("--vectors new")
     assert status == 12 and seen.calls == [("main", "new", None)]
     status, seen = main("--check-vectors old")
     assert status == 12 and seen.calls == [("main", None, "old")]
+    status, seen = main("--compare old theirs")
+    assert status == 13 and seen.calls == [("judge", "old", "theirs")]
 
 
 def row_of(verdict, as_registered, z=0.0):

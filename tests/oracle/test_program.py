@@ -71,6 +71,9 @@ BAD = {
     "--vectors a --json b": "--json",
     "--vectors a --rows": "--rows",
     "--against a:b --claims E2": "--claims",
+    "--against a": "--against a: must be MODULE:FUNCTION",
+    "--against a:b --time-limit 0": "--time-limit 0.0: must be a positive number of seconds",
+    "--time-limit 5": "--time-limit: must be left out without --against",
     "--factors 2 3 4 5 6 7": "--factors",
     "--kernels cps cps": "--kernels",
     "--claims E2 E2": "--claims",
@@ -78,6 +81,10 @@ BAD = {
     "--json .": "--json",
     "--vary-seed 2 --claims E2": "--claims",
     "--vary-seed 2 --compare": "--compare",
+    "--compare a": "--compare a: must stand alone, or followed by DIR THEIRS",
+    "--compare a b c": "--compare a b c: must stand alone, or followed by DIR THEIRS",
+    "--compare a b --rows": "--rows: must be left out with --compare DIR THEIRS",
+    "--vectors a --compare b c": "--compare DIR THEIRS: must be left out with --vectors",
     "--vectors a --seed 1": "--seed",
     "--json no/where": "no/where",
     "--verdicts no/where": "no/where",
@@ -100,6 +107,7 @@ BAD = {
 ALLOWED = ["--seed 0", "--vary-seed 1", "--factors 2 3 4 5 6", "--plots a_folder --json a_file"]
 ALLOWED += ["--plots new", "--verdicts a_file", "--model a_pipeline --dtype bfloat16 --size 8 8"]
 ALLOWED += ["--model embedded --dtype float64", "--model owner/name --prompt dog"]
+ALLOWED += ["--compare --rows", "--compare a b", "--compare nowhere a_file"]
 ALLOWED += ["--vary-seed 2 --claims E2 E3", "--model a_pipeline --dtype float32 --claims E9"]
 
 

@@ -129,7 +129,7 @@ def test_any_place_among_ranks_is_one_or_one_line(alone, variables):
 ORACLE = [
     *("--claims", "--kernels", "--factors", "--seed", "--device", "--rows", "--compare", "--json"),
     *("--plots", "--verdicts", "--model", "--prompt", "--size", "--dtype", "--vary-seed"),
-    *("--against", "--vectors", "--check-vectors"),
+    *("--against", "--time-limit", "--vectors", "--check-vectors"),
 ]
 
 

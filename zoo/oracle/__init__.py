@@ -7,7 +7,8 @@
     measures.py       what is measured; experiments.py, the setups of single claims
     comparison.py     decomposed against original, step by step; figures.py, the pictures
     report.py         the page, every row, JSON, docs/VERDICTS.md; options.py, the command line
-    judging.py        judges other implementations; questions.py asks them; bugs.txt, the known bugs
+    judging/          judges other implementations; bugs.txt, the known bugs
+    numerics.py       a model's replays beside its rollouts, its gradients beside Adam's eps
     vectors.py        golden vectors for other languages
 
 A new kernel is a function in pave_grpo.KERNELS and a class in theory.RECORDS. A new claim is a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,9 +19,10 @@ from zoo.shapes import world
 SHOWN = ("rows", "compare", "json", "plots")
 # What each mode reads beside its own flag; the report reads all but --prompt, --size and --dtype.
 READ: dict[str, tuple[str, ...]] = {
-    "against": ("seed",),
+    "against": ("seed", "time_limit", "json"),
     "vectors": (),
     "check_vectors": (),
+    "compare_vectors": (),
     "vary_seed": ("claims", "kernels", "factors", "seed", "device"),
     "verdicts": SHOWN,
     "model": ("claims", "kernels", "factors", "seed", "device", "prompt", "size", "dtype", *SHOWN),
@@ -52,8 +54,13 @@ def parse(argv: list[str] | None, claims: Claims, description: str | None) -> ar
 
     shown = parser.add_argument_group("what is shown").add_argument
     shown("--rows", action="store_true", default=None, help="every measurement")
-    shown("--compare", action="store_true", default=None, help="each k-term beside the original")
-    shown("--json", metavar="FILE", help="write all rows, the comparison and the environment")
+    shown(
+        "--compare",
+        nargs="*",
+        metavar=("DIR", "THEIRS"),
+        help="each k-term beside the original; or judge the golden vectors that THEIRS computed",
+    )
+    shown("--json", metavar="FILE", help="write all of it, or a judgement, for a machine to read")
     shown("--plots", metavar="DIR", help="draw weight, cosine, gap and attribution.png")
     shown("--verdicts", metavar="FILE", help="write the page docs/VERDICTS.md")
 
@@ -76,17 +83,31 @@ def parse(argv: list[str] | None, claims: Claims, description: str | None) -> ar
         metavar="MODULE:FUNCTION",
         help="judge another implementation; python -m pydoc zoo.oracle.judging has the signatures",
     )
+    other("--time-limit", type=float, metavar="S", help="seconds that it may take in all (120)")
     other("--vectors", metavar="DIR", help="write golden vectors into a new folder")
     other("--check-vectors", metavar="DIR", help="recompute golden vectors and compare")
     o = parser.parse_args(argv)
     try:
+        split_compare(o)
         check(o, claims)
     except ValueError as problem:
         parser.error(str(problem))
     return o
 
 
+def split_compare(o: argparse.Namespace) -> None:
+    """--compare alone shows a table; --compare DIR THEIRS is other work, o.compare_vectors."""
+    given = o.compare
+    if given and len(given) != 2:
+        wanted = "alone, or followed by DIR THEIRS"
+        raise ValueError(f"--compare {' '.join(given)}: must stand {wanted}")
+    o.compare = True if given == [] else None
+    o.compare_vectors = given or None
+
+
 def flag(name: str) -> str:
+    if name == "compare_vectors":
+        return "--compare DIR THEIRS"
     return f"--{name.replace('_', '-')}"
 
 
@@ -109,6 +130,8 @@ def check_mode(o: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)}: must be left out with {flag(mode)}")
         if not mode and name in ("prompt", "dtype", "size"):
             raise ValueError(f"{flag(name)}: must be left out without --model")
+        if not mode and name == "time_limit":
+            raise ValueError(f"{flag(name)}: must be left out without --against")
 
 
 def check_values(o: argparse.Namespace, claims: Claims) -> None:
@@ -126,6 +149,11 @@ def check_values(o: argparse.Namespace, claims: Claims) -> None:
         need(len(o.factors) <= 5, "factors", "at most five: the false-alarm rate assumes it")
     if o.seed is not None:
         need(o.seed >= 0, "seed", "0 or more")
+    if o.against is not None:
+        module, _, function = o.against.partition(":")
+        need(bool(module and function), "against", "MODULE:FUNCTION")
+    if o.time_limit is not None:
+        need(0 < o.time_limit < math.inf, "time_limit", "a positive number of seconds")
     for name in ("kernels", "claims"):
         value = getattr(o, name) or ()
         need(len(set(value)) == len(value), name, "distinct")
@@ -181,4 +209,7 @@ def bench_of(o: argparse.Namespace) -> Bench:
         )
     bench = Bench(o.kernels, sorted(o.factors or (2, 3, 5)), o.seed or 0, o.device or "cpu", model)
     bench.fixture("embedded" if model else "network")
+    if (o.compare or o.plots) and bench.is_large:
+        wanted = f"up to {fields.WHOLE:,} parameters, whose gradients are held whole"
+        raise ValueError(f"--compare and --plots need a model of {wanted}")
     return bench

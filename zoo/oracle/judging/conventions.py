@@ -1,0 +1,218 @@
+"""By what right losses differ, and what is due under each convention: a loss and its gradient.
+
+What is due is written out here, term by term, for every convention; only transitions and their
+log-probabilities come from pave_grpo.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import pave_grpo as pave
+from zoo.oracle.judging.advantages import Advantages
+from zoo.oracle.judging.asked import Field
+from zoo.oracle.judging.conditions import Setting
+from zoo.oracle.judging.groups import Group, clip_of, group_of, rollout_of
+from zoo.oracle.judging.levels import DROPPED, Due, process_of, time_rows
+
+
+class Clip(NamedTuple):
+    """How far a ratio may go."""
+
+    kind: str = "as given"  # none, fixed, times, mask
+    low: float = 1.0  # below 1: a number, or times the clip that is given
+    high: float = 1.0
+    threshold: str = ""  # of a mask, in words; its low is a number, or times the clip if high is 1
+
+    def bounds(self, clip: float) -> tuple[float, float]:
+        """(lower, upper) end of the range of ratios."""
+        if self.kind == "fixed":
+            return 1 - self.low, 1 + self.high
+        return 1 - self.low * clip, 1 + self.high * clip
+
+    def said(self) -> str:
+        """In words."""
+        if self.kind == "fixed":
+            return f"from 1 - {self.low:.4g} to 1 + {self.high:.4g}, whatever is given"
+        if self.kind == "times":
+            return f"from 1 - {self.low:.4g} clip to 1 + {self.high:.4g} clip"
+        if self.kind == "mask":
+            return f"a divergence mask (Flow-DPPO): no member with KL >= {self.threshold} moves on"
+        return self.kind
+
+
+STEP_WEIGHTS = ("1", "std", "std/D", "1/D", "D", "std^2", "sqrt(D)", "1/sqrt(D)", "t")
+
+
+USUAL_THRESHOLDS = tuple(m * 10.0**e for e in range(-1, -8, -1) for m in (1, 2, 5))
+
+
+class LossConvention(NamedTuple):
+    """Everything by which right losses differ."""
+
+    reduction: str = "mean"
+    no_half_square: tuple[str, ...] = ()  # the kernels that drop 1/(2 std^2)
+    advantages: Advantages = Advantages()
+    form: str = "paper"
+    ratio: str = "plain"  # or "GRPO-Guard's"
+    clip: Clip = Clip()
+    weights: str = "1 and 1/|S|"
+    step_weight: str = "1"
+    policy: str = "off"  # "on": velocity_old does not count
+
+    def told(self) -> dict[str, str]:
+        """In words."""
+        dropped = ", ".join(self.no_half_square)
+        told = {
+            "mean or sum": self.reduction,
+            "1/(2 std^2)": f"{DROPPED} ({dropped})" if dropped else "kept",
+            **self.advantages.told(),
+            "form": self.form,
+            "ratio": self.ratio,
+            "clip": self.clip.said(),
+            "weights": self.weights,
+        }
+        if self.step_weight != "1":
+            told["weight of a step"] = self.step_weight
+        return told
+
+
+RESCALED = "1 and (c_k/c_1)^2/|S|"
+WEIGHTS = ("1 and 1/|S|", RESCALED)
+
+
+def step_weight_of(name: str, setting: Setting, std: Tensor) -> Tensor:
+    """The factor of a whole step."""
+    D = torch.tensor(setting.times[0] - setting.times[1], dtype=torch.float64)
+    by_name = {
+        "1": torch.ones_like(std),
+        "std": std,
+        "std/D": std / D,
+        "1/D": 1 / D,
+        "D": D,
+        "std^2": std.square(),
+        "sqrt(D)": D.sqrt(),
+        "1/sqrt(D)": 1 / D.sqrt(),
+        "t": torch.tensor(setting.times[0], dtype=torch.float64),
+    }
+    return by_name[name]
+
+
+class Terms(NamedTuple):
+    """One k of a question under a convention: log-ratios [P, G], and where they come from."""
+
+    log_ratio: Tensor
+    divergence: Tensor  # KL of the update, averaged over dimensions [P, G]
+    weight: Tensor
+
+
+def terms_of(
+    setting: Setting, convention: LossConvention, new: Field, group: Group
+) -> dict[int, Terms]:
+    """Of every k."""
+    rollout = rollout_of(setting, group)
+    p_new = pave.rescore(new, rollout, setting.factors)
+    with torch.no_grad():
+        p_old = pave.rescore(group.old, rollout, setting.factors)
+    terms = {}
+    for k, p in p_new.items():
+        scored, old = p, p_old[k]
+        if convention.form == "matched" and k > 1:
+            mean = p_old[1].mean + p.mean - p_old[k].mean
+            scored = pave.Transition(mean, p_old[1].std)
+            old = p_old[1]
+        log_prob = scored.log_prob(group.x_s, convention.reduction)
+        log_prob_old = old.log_prob(group.x_s, convention.reduction)
+        if convention.policy == "on":
+            log_prob_old = log_prob.detach()
+        log_ratio = (log_prob - log_prob_old)[:, 0]
+        std = scored.std[:, 0]
+        if setting.kernel in convention.no_half_square:
+            log_ratio = log_ratio * 2 * std.square()
+        delta = (p.mean - p_old[k].mean)[:, 0]
+        squares = delta.square().flatten(2).mean(-1) / (2 * std.square())
+        if convention.ratio != "plain":
+            dims = math.prod(setting.event) if convention.reduction == "sum" else 1
+            log_ratio = std * (log_ratio + dims * squares)
+        weight = torch.ones((), dtype=torch.float64)
+        if k > 1:
+            weight = weight / len(setting.factors)
+            if convention.weights == RESCALED:
+                weight = weight * (std.flatten()[0] / p_old[1].std.flatten()[0]).square()
+        terms[k] = Terms(log_ratio, squares.detach(), weight)
+    return terms
+
+
+def surrogate(term: Terms, A: Tensor, clip: Clip, given: float) -> Tensor:
+    """min(ratio A, clip(ratio) A), or what the convention has in its place, [P, G]."""
+    ratio = term.log_ratio.exp()
+    if clip.kind == "none":
+        return ratio * A
+    if clip.kind == "mask":
+        threshold = clip.low * (given if clip.high == 1 else 1)
+        away = ((ratio > 1) & (A > 0)) | ((ratio < 1) & (A < 0))
+        masked = away & (term.divergence >= threshold)
+        return torch.where(masked, 0, ratio * A)
+    low, high = clip.bounds(given)
+    return torch.minimum(ratio * A, ratio.clamp(low, high) * A)
+
+
+def divergence_of(setting: Setting, group: Group, new: Field, reduction: str) -> Tensor:
+    """KL of the k = 1 step to the reference, mean over members, reduced as log_prob is."""
+    rollout = rollout_of(setting, group)
+    p = pave.rescore(new, rollout, ())[1]
+    with torch.no_grad():
+        p_ref = pave.rescore(group.reference, rollout, ())[1]
+    squares = (p.mean - p_ref.mean).square().flatten(3) / (2 * p.std[..., None].square())
+    per_member = squares.sum(-1) if reduction == "sum" else squares.mean(-1)
+    return per_member.mean()
+
+
+def flat_gradient(loss: Tensor, field: Field) -> Tensor:
+    """d loss / d theta as one vector."""
+    parts = torch.autograd.grad(
+        loss, [*field.parameters()], allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([part.flatten() for part in parts])
+
+
+@functools.cache
+def due_under(setting: Setting, convention: LossConvention) -> dict[str, Due]:
+    """The loss and its gradient under a convention, in plain words above."""
+    group = group_of(setting)
+    new = Field(group.new.w1.detach(), group.new.w2.detach())
+    A = convention.advantages.of(group.rewards)
+    J = torch.zeros((), dtype=torch.float64)
+    size = torch.zeros((), dtype=torch.float64)
+    for term in terms_of(setting, convention, new, group).values():
+        value = surrogate(term, A, convention.clip, clip_of(setting))
+        J = J + term.weight * value.mean()
+        size = size + term.weight * (A.abs() * term.log_ratio.exp()).mean().detach()
+    t, s = time_rows(setting, 1)
+    std = process_of(pave, setting).coefficients(t, s).std[0]
+    factor = step_weight_of(convention.step_weight, setting, std)
+    loss = -factor * J
+    if setting.kl:
+        loss = loss + setting.kl * divergence_of(setting, group, new, convention.reduction)
+    gradient = flat_gradient(loss, new)
+    # Values of both signs nearly cancel in a loss; its size is that of what is added up.
+    return {
+        "loss": Due(loss.detach(), (factor * size).item()),
+        "gradient": Due(gradient),
+    }
+
+
+def unit_of(setting: Setting, scale: tuple[str, bool, str]) -> Tensor:
+    """What a mean log-probability with all its parts is multiplied by."""
+    reduction, drops, step_weight = scale
+    t, s = time_rows(setting, 1)
+    std = process_of(pave, setting).coefficients(t, s).std[0]
+    unit = step_weight_of(step_weight, setting, std)
+    if drops:
+        unit = unit * 2 * std.square()
+    return unit * (math.prod(setting.event) if reduction == "sum" else 1)

@@ -1,0 +1,598 @@
+"""The three levels on which a step is judged: step, transition, log_prob."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import pave_grpo as pave
+from zoo.oracle.judging.asked import Message
+from zoo.oracle.judging.conditions import Setting
+from zoo.oracle.judging.levels import (
+    DROPPED,
+    TIMES_AS,
+    TOLERANCES,
+    Ask,
+    Axes,
+    Case,
+    Due,
+    Level,
+    Recognised,
+    Send,
+    Unusable,
+    Values,
+    close,
+    draw_etas,
+    draw_events,
+    draw_times,
+    field_of,
+    has_density,
+    message,
+    normal,
+    one_per_row,
+    precision_of,
+    process_of,
+    shaped,
+    tensor_of,
+    time_rows,
+)
+
+# A state's rounding moves a log-probability by |z| |x| / std times that of float32: this part of
+# the tolerance, which is five roundings.
+STATE_ROUNDINGS = 0.03
+
+
+# ---- Log-probabilities ---------------------------------------------------------------------------
+
+
+class LogProbConvention(NamedTuple):
+    """What a log-probability is reduced by, and which of its parts are kept."""
+
+    reduction: str = "mean"
+    constants: str = "kept"
+    half_square: str = "kept"
+
+    def of(self, log_prob: Tensor, std: Tensor, dims: int) -> Tensor:
+        """What becomes of a density's logarithm, constants included, [B]."""
+        log_std = -std.log()
+        half_log = torch.full_like(std, -math.log(2 * math.pi) / 2)
+        many = dims if self.reduction == "sum" else 1
+        square = log_prob - many * (log_std + half_log)
+        if self.half_square != "kept":
+            square = square * 2 * std.square()
+        if self.constants == "kept":
+            return square + many * (log_std + half_log)
+        return square + many * log_std if self.constants == LOG_STD_KEPT else square
+
+
+LOG_STD_KEPT = "log std kept, log(2 pi)/2 dropped"
+LOG_PROB_CONVENTIONS = [
+    LogProbConvention(*names)
+    for names in product(("mean", "sum"), ("kept", LOG_STD_KEPT, "dropped"), ("kept", DROPPED))
+]
+
+
+def log_prob_due(
+    module: ModuleType, p: Any, x_s: Tensor, size: Tensor, convention: LogProbConvention
+) -> Due:
+    """log N(x_s; p) under a convention; `size` [B, *event] is that of what the mean was made of."""
+    dims = x_s[0].numel()
+    std = p.std.expand(len(x_s))
+    value = convention.of(p.log_prob(x_s, convention.reduction), std, dims)
+    z = (x_s - p.mean).abs() / pave.per_row(std, x_s)
+    error = (z * (size + x_s.abs()) / pave.per_row(std, x_s)).flatten(1).mean(1)
+    error = error * log_prob_unit(convention, std, dims)
+    return Due(value, STATE_ROUNDINGS * error.max().item())
+
+
+# ---- Conventions, kernel by kernel ---------------------------------------------------------------
+
+
+def best(options: Sequence[Any], agreements: Callable[[Any], int]) -> Any:
+    """The first option with the most agreements."""
+    counts = [agreements(option) for option in options]
+    return options[counts.index(max(counts))]
+
+
+def together(told: dict[str, str]) -> str:
+    """{kernel: words} in one line: the words, where all kernels share them."""
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    by_words: dict[str, list[str]] = {}
+    for kernel, words in told.items():
+        by_words.setdefault(words, []).append(kernel)
+    return "; ".join(f"{words} ({', '.join(kernels)})" for words, kernels in by_words.items())
+
+
+class Chosen(NamedTuple):
+    """A convention of a step: what is called std, and the log-probability's; one per kernel."""
+
+    called: str = "std is the step's"
+    log_prob: LogProbConvention = LogProbConvention()
+
+
+CALLED_G = "g = std / sqrt(D)"
+CALLED = (Chosen().called, CALLED_G)
+
+
+def choices(cases: list[Case]) -> Iterator[str]:
+    """The kernels that were answered."""
+    yield from dict.fromkeys(case.setting.kernel for case in cases if case.values is not None)
+
+
+# ---- transition ----------------------------------------------------------------------------------
+
+
+class TransitionLevel(Level):
+    """What is p^(k)(x_s | x_t)?"""
+
+    name = "transition"
+    required = ("x", "velocity", "t", "s", "k", "kernel", "eta")
+    optional = ("prompt",)
+    shown = ("kernel", "k", "times", "eta", "event")
+    bug_levels = ("transition",)
+    unobservable = ("gradient", "mean or sum", "constants", "1/(2 std^2)", "ddof", "eps", "clamp")
+
+    def draw_axes(self, generator: torch.Generator) -> Axes:
+        groups = (1, 2, 3) if "prompt" in self.parameters else (1,)
+        return {
+            "k": range(1, 8),
+            "kernel": tuple(pave.KERNELS),
+            "times": draw_times(generator),
+            "eta": draw_etas(generator),
+            "event": draw_events(generator),
+            "rows": (5, 7),
+            "groups": groups,
+        }
+
+    def settings(self) -> list[Setting]:
+        """Each k of each kernel three times, each value of the other axes for each kernel."""
+        drawn = []
+        for kernel in self.axes["kernel"]:
+            for k in self.axes["k"]:
+                for _ in range(3):
+                    drawn.append(self.random_setting(self.generator, kernel=kernel, k=k))
+            for name in ("times", "event", "groups"):
+                for value in self.axes[name]:
+                    fixed = {"kernel": kernel, name: value}
+                    if name != "times" or has_density(kernel, value):
+                        drawn.append(self.random_setting(self.generator, **fixed))
+        return drawn
+
+    def call(self, setting: Setting) -> Message:
+        x, prompt = chain_begin(setting)
+        t, s = setting.times
+        numbers = {"t": t, "s": s, "k": setting.k, "kernel": setting.kernel, "eta": setting.eta}
+        prompted = "prompt" in self.parameters
+        tensors = {"x": x, "prompt": prompt} if prompted else {"x": x}
+        velocities = {"velocity": field_of(setting.seed, setting.event)}
+        return message(numbers, tensors, velocities, prompted)
+
+    def read(self, reply: Message, setting: Setting) -> Values:
+        x, _ = chain_begin(setting)
+        if len(reply.words["returned"]) != 2:
+            raise Unusable(f"returns {len(reply.words['returned'])} values, must be 2: mean, std")
+        mean = shaped(tensor_of(reply, 0, "the mean"), tuple(x.shape), "a mean")
+        return {"mean": mean, "std": one_per_row(tensor_of(reply, 1, "the std"), len(x), "a std")}
+
+    def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        p = chain_end(setting, module)
+        called = convention.get(setting.kernel, CALLED[0])
+        D = (setting.times[0] - setting.times[1]) / setting.k
+        return {"mean": Due(p.mean), "std": Due(p.std if called == CALLED[0] else p.std / D**0.5)}
+
+    def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        convention = {}
+        for kernel in choices(cases):
+            convention[kernel] = best(CALLED, functools.partial(self.agreements, cases, kernel))
+        told = {kernel: called for kernel, called in convention.items()}
+        return Recognised(convention, {"g or std": together(told)})
+
+    def agreements(self, cases: list[Case], kernel: str, called: str) -> int:
+        """How many answers of a kernel agree if that is what it calls its std."""
+        own = [case for case in cases if case.values and case.setting.kernel == kernel]
+        due = [self.due(case.setting, {kernel: called}) for case in own]
+        return sum(
+            bool(precision_of(case.values or {}, d)) for case, d in zip(own, due, strict=True)
+        )
+
+
+def chain_begin(setting: Setting) -> tuple[Tensor, Tensor]:
+    """(x, prompt), one row for each member of each group."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    n = setting.rows * setting.groups
+    prompt = torch.arange(setting.groups).repeat_interleave(setting.rows)
+    return normal(generator, n, *setting.event), prompt
+
+
+@functools.cache
+@torch.no_grad()
+def chain_end(setting: Setting, module: ModuleType) -> Any:
+    """p^(k). Other k are asked for as well: a bug may carry one over to the next."""
+    x, prompt = chain_begin(setting)
+    t, s = time_rows(setting, len(x))
+    factors = sorted({2, 3, setting.k} - {1})
+    velocity = field_of(setting.seed, setting.event)
+    process = process_of(module, setting)
+    return module.decompose(velocity, process, x, t, s, prompt, factors)[setting.k]
+
+
+# ---- log_prob ------------------------------------------------------------------------------------
+
+
+class LogProbLevel(Level):
+    """What is log N(x_s; mean, std^2 I)?"""
+
+    name = "log_prob"
+    required = ("x_s", "mean", "std")
+    shown = ("event", "rows")
+    bug_levels = ("log_prob",)
+    unobservable = ("gradient", "g or std", "ddof", "eps", "clamp")
+
+    def draw_axes(self, generator: torch.Generator) -> Axes:
+        return {"event": draw_events(generator), "rows": (5, 7)}
+
+    def settings(self) -> list[Setting]:
+        """Each shape twice."""
+        events = [*self.axes["event"]] * 2
+        return [self.random_setting(self.generator, event=event) for event in events]
+
+    def given(self, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_s, mean, std); std differs from row to row, so that a dropped constant shows."""
+        generator = torch.Generator().manual_seed(setting.seed)
+        shape = (setting.rows, *setting.event)
+        std = 0.2 + torch.rand(setting.rows, generator=generator, dtype=torch.float64)
+        mean = normal(generator, *shape)
+        return mean + pave.per_row(std, mean) * normal(generator, *shape) * 1.5, mean, std
+
+    def call(self, setting: Setting) -> Message:
+        x_s, mean, std = self.given(setting)
+        return message({}, {"x_s": x_s, "mean": mean, "std": std})
+
+    def read(self, reply: Message, setting: Setting) -> Values:
+        if len(reply.words["returned"]) != 1:
+            raise Unusable(f"returns {len(reply.words['returned'])} values, must be 1")
+        value = tensor_of(reply, 0, "the log-probability")
+        return {"log-probability": one_per_row(value, setting.rows, "a log-probability")}
+
+    def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        x_s, mean, std = self.given(setting)
+        p = module.Transition(mean, std)
+        return {"log-probability": log_prob_due(module, p, x_s, mean.abs(), convention)}
+
+    def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        convention = best(LOG_PROB_CONVENTIONS, functools.partial(self.agreements, cases))
+        told = {
+            "mean or sum": convention.reduction,
+            "constants": convention.constants,
+            "1/(2 std^2)": convention.half_square,
+        }
+        return Recognised(convention, told)
+
+    def agreements(self, cases: list[Case], convention: LogProbConvention) -> int:
+        """How many answers agree with it."""
+        answered = [case for case in cases if case.values is not None]
+        due = [self.due(case.setting, convention) for case in answered]
+        return sum(
+            bool(precision_of(case.values or {}, d)) for case, d in zip(answered, due, strict=True)
+        )
+
+    def bug_conventions(self, found: Recognised) -> list[Any]:
+        kept = [c for c in LOG_PROB_CONVENTIONS if c.half_square == "kept"]
+        return [found.convention, *kept]
+
+
+# ---- step ----------------------------------------------------------------------------------------
+
+
+class StepLevel(Level):
+    """What does one stochastic step return? Its mean and std where it says them, its density."""
+
+    name = "step"
+    required = ("v", "x_t", "t", "s", "eta", "x_s")
+    optional = ("kernel",)
+    shown = ("kernel", "times", "eta", "event")
+    bug_levels = ("transition", "log_prob")
+    unobservable = ("k > 1", "ddof", "eps", "clamp")
+
+    def __init__(self, parameters: dict[str, Any], generator: torch.Generator):
+        super().__init__(parameters, generator)
+        self.times_as = dict.fromkeys(pave.KERNELS, TIMES_AS[0])
+        self.gradient = "v"
+        self.only = ""  # the one kernel, of a function that is not asked for kernels
+
+    def draw_axes(self, generator: torch.Generator) -> Axes:
+        named = "kernel" in self.parameters
+        return {
+            "kernel": tuple(pave.KERNELS) if named else ("flow_sde",),
+            "times": draw_times(generator),
+            "eta": draw_etas(generator),
+            "event": draw_events(generator),
+            "rows": (5, 7),
+        }
+
+    def settings(self) -> list[Setting]:
+        """Each value of each axis for each kernel, and ten more."""
+        drawn = []
+        for kernel in self.axes["kernel"]:
+            for name in ("times", "eta", "event"):
+                for value in self.axes[name]:
+                    fixed = {"kernel": kernel, name: value}
+                    if name != "times" or self.allowed(Setting(**fixed)):
+                        drawn.append(self.random_setting(self.generator, **fixed))
+            drawn += [self.random_setting(self.generator, kernel=kernel) for _ in range(10)]
+        return drawn
+
+    def allowed(self, setting: Setting) -> bool:
+        named = "kernel" in self.parameters
+        return has_density(setting.kernel if named else "cps", setting.times)
+
+    def call(self, setting: Setting, samples: bool = False) -> Message:
+        v, x_t, x_s = step_states(setting)
+        t, s = setting.times
+        numbers: dict[str, Any] = {"t": t, "s": s, "eta": setting.eta}
+        if "kernel" in self.parameters:
+            numbers["kernel"] = setting.kernel
+        tensors = {"v": v, "x_t": x_t}
+        if samples:
+            numbers["x_s"] = None
+        else:
+            tensors["x_s"] = x_s
+        gradient = self.gradient
+        times = self.times_as[setting.kernel]
+        return message(numbers, tensors, {}, False, gradient, times, setting.rows)
+
+    def prepare(self, send: Send, settings: Sequence[Setting]) -> None:
+        """Times as numbers, or as it wants them; v with a gradient, or as it wants it."""
+        for kernel in dict.fromkeys(setting.kernel for setting in settings):
+            own = [setting for setting in settings if setting.kernel == kernel][:12]
+            for gradient, times in product(("v", ""), TIMES_AS):
+                self.gradient = gradient
+                self.times_as[kernel] = times
+                if any(self.is_usable(send(self.call(z), "how it is called"), z) for z in own):
+                    break
+            else:
+                self.gradient = "v"
+                self.times_as[kernel] = TIMES_AS[0]
+        told = {kernel: self.times_as[kernel] for kernel in {s.kernel: 0 for s in settings}}
+        if any(times != TIMES_AS[0] for times in told.values()):
+            self.findings.append(f"t and s are given as {together(told)}")
+
+    def is_usable(self, reply: Message, setting: Setting) -> bool:
+        """Was that an answer?"""
+        if reply.words["error"]:
+            return False
+        try:
+            self.read(reply, setting)
+        except Unusable:
+            return False
+        return True
+
+    def read(self, reply: Message, setting: Setting) -> Values:
+        rows = setting.rows
+        shape = (rows, *setting.event)
+        returned = reply.words["returned"]
+        if not reply.words["many"] or not 2 <= len(returned) <= 4:
+            raise Unusable(f"returns {len(returned)} values, must be x_s, log_prob, mean, std")
+        shaped(tensor_of(reply, 0, "x_s"), shape, "x_s")
+        log_prob = tensor_of(reply, 1, "log_prob")
+        values = {"log-probability": one_per_row(log_prob, rows, "a log-probability")}
+        for i in range(2, len(returned)):
+            if returned[i] == "NoneType":
+                continue
+            value = tensor_of(reply, i, "mean" if i == 2 else "std")
+            is_std = i == 3 or (len(returned) == 3 and value.numel() in (1, rows))
+            if is_std:
+                values["std"] = one_per_row(value, rows, "a std")
+            else:
+                values["mean"] = shaped(value, shape, "a mean")
+        if "gradient" in reply.tensors:
+            values["gradient"] = reply.tensors["gradient"]
+        order = ("mean", "std", "log-probability", "gradient")
+        return {name: values[name] for name in order if name in values}
+
+    def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        kernel = self.only or setting.kernel
+        return self.due_under(setting, kernel, convention.get(kernel, Chosen()), module)
+
+    def due_under(
+        self, setting: Setting, kernel: str, chosen: Chosen, module: ModuleType
+    ) -> dict[str, Due]:
+        """What is due of a kernel at the states of a question; d (sum log_prob) / d v, too."""
+        return step_due(step_asked(setting, kernel, chosen.log_prob.reduction, module), chosen)
+
+    def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        scope = self.choose_kernel(cases)
+        convention = {}
+        for kernel in [self.only] if self.only else choices(cases):
+            own = [case for case in cases if self.only or case.setting.kernel == kernel]
+            convention[kernel] = best(CHOICES, functools.partial(self.agreements, own, kernel))
+        told = {
+            "mean or sum": together({k: c.log_prob.reduction for k, c in convention.items()}),
+            "constants": together({k: c.log_prob.constants for k, c in convention.items()}),
+            "1/(2 std^2)": together({k: c.log_prob.half_square for k, c in convention.items()}),
+        }
+        answered = [case.values for case in cases if case.values is not None]
+        if any("std" in values for values in answered):
+            told["g or std"] = together({k: c.called for k, c in convention.items()})
+        missing = [name for name in ("mean", "std") if not any(name in v for v in answered)]
+        if missing:
+            self.findings.append(f"it returns no {' and no '.join(missing)}")
+        if not any("gradient" in values for values in answered):
+            self.findings.append("log_prob carries no gradient by v: it scores, it cannot train")
+        return Recognised(convention, told, scope)
+
+    def choose_kernel(self, cases: list[Case]) -> tuple[str, ...]:
+        """Which kernel it is, of a function that has no say, or that listens to none."""
+        default = self.parameters.get("kernel")
+        candidates = [*pave.KERNELS] if "kernel" not in self.parameters else [default]
+        best_of = {}
+        for kernel in candidates:
+            own = [c for c in cases if has_density(str(kernel), c.setting.times)]
+            if kernel in pave.KERNELS:
+                best_of[kernel] = max(self.agreements(own, kernel, chosen) for chosen in CHOICES)
+        if not best_of:
+            return ()
+        kernel = max(best_of, key=lambda name: best_of[name])
+        own = [case for case in cases if has_density(kernel, case.setting.times)]
+        asked_for = {case.setting.kernel for case in own if case.values is not None}
+        quantities = sum(len(case.values or ()) for case in own)
+        if "kernel" in self.parameters:
+            if len(asked_for) < 2 or best_of[kernel] < quantities:
+                return ()
+            said = f"kernel {kernel} only: its default, whatever kernel is asked for"
+        else:
+            said = f"kernel {kernel} only"
+        self.only = kernel
+        cases[:] = own
+        return (said,)
+
+    def agreements(self, cases: list[Case], kernel: str, chosen: Chosen) -> int:
+        """How many quantities of how many answers agree with it."""
+        count = 0
+        for case in cases:
+            if case.values is not None:
+                due = self.due_under(case.setting, kernel, chosen, pave)
+                for name, value in case.values.items():
+                    count += close(value, due[name], TOLERANCES["float32"])
+        return count
+
+    def afterwards(self, found: Recognised, cases: list[Case], send: Send) -> str:
+        """Let it sample, once for each kernel: is that the Gaussian whose density it gives?"""
+        for kernel in [self.only] if self.only else choices(cases):
+            answered = [c.setting for c in cases if c.values and c.setting.kernel == kernel]
+            usual = (answered or [cases[0].setting])[0]
+            event = (64 * usual.event[0], *usual.event[1:])
+            setting = usual._replace(event=event)
+            reply = send(self.call(setting, samples=True), "sampling")
+            if reply.words["error"]:
+                self.findings.append(f"it does not sample ({reply.words['error']})")
+                continue
+            try:
+                values = self.read(reply, setting)
+                x_s = shaped(tensor_of(reply, 0, "x_s"), (setting.rows, *event), "x_s")
+            except Unusable as problem:
+                self.findings.append(f"it does not sample: it {problem}")
+                continue
+            chosen = found.convention.get(kernel, Chosen())
+            v, x_t, _ = step_states(setting)
+            reduction = chosen.log_prob.reduction
+            step = scored_step(setting._replace(kernel=kernel), reduction, pave, v, x_t, x_s)
+            due = step_due(step, chosen)
+            wrong = what_is_wrong_with(x_s, due["mean"].value, due["density's std"].value)
+            if wrong:
+                return f"x_s sampled by {kernel}: {wrong}"
+            name = "log-probability"
+            if not close(values[name], due[name], TOLERANCES["float32"]):
+                return f"log-probability of what {kernel} sampled: that of another x_s"
+            name = "gradient"
+            if name in values and not close(values[name], due[name], TOLERANCES["float32"]):
+                cut = "x_s must be detached for log_prob to have its gradient"
+                self.findings.append(f"what {kernel} sampled depends on v: {cut}")
+        return ""
+
+
+CHOICES = [Chosen(*names) for names in product(CALLED, LOG_PROB_CONVENTIONS)]
+# Of a standard score; with at most 24 of them a function that is right fails once in 10^7 times.
+SAMPLING_Z = 6.0
+
+
+def what_is_wrong_with(x_s: Tensor, mean: Tensor, std: Tensor) -> str:
+    """Is (x_s - mean) / std standard normal, and another in every row? In words where it is not.
+
+    By its mean, its variance and its fourth moment, and by the correlation of neighbouring rows, at
+    SAMPLING_Z standard errors; with some thousand numbers that tells a std off by a tenth.
+    """
+    z = ((x_s - mean) / pave.per_row(std, x_s)).flatten(1)
+    n = z.numel()
+    statistics = {
+        "mean": (z.mean(), 0.0, n**-0.5),
+        "variance": (z.square().mean(), 1.0, (2 / n) ** 0.5),
+        "fourth moment": (z.square().square().mean(), 3.0, (96 / n) ** 0.5),
+        "correlation between rows": ((z[1:] * z[:-1]).mean(), 0.0, (n - z.shape[1]) ** -0.5),
+    }
+    for name, (found, due, error) in statistics.items():
+        score = (found.item() - due) / error
+        if not abs(score) < SAMPLING_Z:
+            return f"the {name} of its noise is {found:.3g} where {due:g} is due (z = {score:.0f})"
+    return ""
+
+
+class Scored(NamedTuple):
+    """One step, and the logarithm of its density at x_s, reduced and with all its parts."""
+
+    x_s: Tensor
+    mean: Tensor
+    std: Tensor  # [B]
+    D: float
+    log_prob: Tensor  # [B]
+    gradient: Tensor  # of its sum, by v
+    size: Tensor  # [B, *event], of what the mean is made of
+
+
+def scored_step(
+    setting: Setting, reduction: str, module: ModuleType, v: Tensor, x_t: Tensor, x_s: Tensor
+) -> Scored:
+    """The step of a setting at given states."""
+    v = v.detach().requires_grad_(True)
+    t, s = time_rows(setting, len(x_t))
+    with torch.enable_grad():
+        p = process_of(module, setting).transition(x_t, v, t, s)
+        log_prob = p.log_prob(x_s, reduction)
+        (gradient,) = torch.autograd.grad(log_prob.sum(), v)
+    size = x_t.abs() + pave.per_row(t - s, v) * v.detach().abs()
+    D = setting.times[0] - setting.times[1]
+    std = p.std.expand(len(x_t))
+    return Scored(x_s, p.mean.detach(), std, D, log_prob.detach(), gradient.flatten(), size)
+
+
+def step_states(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, x_t, x_s), x_s about where the kernel of the question puts it."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    shape = (setting.rows, *setting.event)
+    v = normal(generator, *shape)
+    x_t = normal(generator, *shape)
+    z = normal(generator, *shape)
+    t, s = time_rows(setting, len(x_t))
+    return v, x_t, process_of(pave, setting).transition(x_t, v, t, s).sample(1.5 * z)
+
+
+@functools.cache
+def step_asked(setting: Setting, kernel: str, reduction: str, module: ModuleType) -> Scored:
+    """The step of a kernel at the states of a question, and its density."""
+    v, x_t, x_s = step_states(setting)
+    return scored_step(setting._replace(kernel=kernel), reduction, module, v, x_t, x_s)
+
+
+def step_due(step: Scored, chosen: Chosen) -> dict[str, Due]:
+    """What one step returns under a convention, and the std that the density has."""
+    dims = step.x_s[0].numel()
+    unit = log_prob_unit(chosen.log_prob, step.std, dims)
+    log_prob = chosen.log_prob.of(step.log_prob, step.std, dims)
+    z = (step.x_s - step.mean).abs() / pave.per_row(step.std, step.x_s)
+    states = step.size + step.x_s.abs()
+    error = (z * states / pave.per_row(step.std, step.x_s)).flatten(1).mean(1) * unit
+    # Rounding of the states moves the gradient, too: (x_s - mean) b / std^2.
+    moved = states.max() / step.std.min() ** 2 / dims * unit.max()
+    # The convention multiplies what is not constant, gradients with it: the same in every row.
+    kept = unit[0] / log_prob_unit(LogProbConvention(chosen.log_prob.reduction), unit, dims)[0]
+    return {
+        "mean": Due(step.mean),
+        "std": Due(step.std if chosen.called == CALLED[0] else step.std / step.D**0.5),
+        "density's std": Due(step.std),
+        "log-probability": Due(log_prob, STATE_ROUNDINGS * error.max().item()),
+        "gradient": Due(kept * step.gradient, STATE_ROUNDINGS * moved.item()),
+    }
+
+
+def log_prob_unit(convention: LogProbConvention, std: Tensor, dims: int) -> Tensor:
+    """What a convention multiplies the mean of squares / (2 std^2) by."""
+    many = dims if convention.reduction == "sum" else 1
+    return many * (torch.ones_like(std) if convention.half_square == "kept" else 2 * std.square())
