@@ -459,7 +459,59 @@ class Annealed(Plain):
         return super().coefficients(t, s, kernel, eta * 0.99**self.calls)
 
 
+def step_that_returns_x_t(v, x_t, t, s, eta, x_s=None, kernel="flow_sde"):
+    """Returns where a given x_s came from in its place."""
+    drawn, *rest = Plain().step(v, x_t, t, s, eta, kernel, x_s)
+    return drawn if x_s is None else x_t.clone(), *rest
+
+
+def step_with_one_noise(v, x_t, t, s, eta, x_s=None, kernel="flow_sde"):
+    """Draws the same noise in every call."""
+    if x_s is None:
+        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0), dtype=x_t.dtype)
+        _, _, mean, std = Plain().step(v, x_t, t, s, eta, kernel, x_t)
+        x_s = (mean + column(std, mean) * z).detach()
+    return Plain().step(v, x_t, t, s, eta, kernel, x_s)
+
+
+def step_without_mean_when_drawing(v, x_t, t, s, eta, x_s=None, kernel="flow_sde"):
+    """Returns zeros for the mean where it draws."""
+    drawn, log_prob, mean, std = Plain().step(v, x_t, t, s, eta, kernel, x_s)
+    return drawn, log_prob, mean * 0 if x_s is None else mean, std
+
+
+def step_still_at_the_start(v, x_t, t, s, eta, x_s=None, kernel="flow_sde"):
+    """Does not move where it draws from t = 1."""
+    if x_s is None and t == 1:
+        x_s = x_t.clone()
+    return Plain().step(v, x_t, t, s, eta, kernel, x_s)
+
+
+def nameless_step_lost_at_the_end(v, x_t, t, s, eta, x_s=None):
+    """Has one kernel, and no mean at s = 0."""
+    drawn, log_prob, mean, std = Plain().step(v, x_t, t, s, eta, "dance", x_s)
+    return drawn, log_prob, mean * 0 if s == 0 else mean, std
+
+
+def deaf_step(v, x_t, t, s, eta, x_s=None, kernel="dance"):
+    """Takes its default for every kernel."""
+    return Plain().step(v, x_t, t, s, eta, "dance", x_s)
+
+
+def jittery_step(v, x_t, t, s, eta, x_s=None, kernel="cps"):
+    """Scores with a little noise."""
+    drawn, log_prob, mean, std = Plain().step(v, x_t, t, s, eta, kernel, x_s)
+    return drawn, log_prob * (1 + 1e-7 * torch.randn_like(log_prob)), mean, std
+
+
 STEP_FAULTS = [
+    Fault("x_t for x_s", "step", step_that_returns_x_t),
+    Fault("one noise for all calls", "step", step_with_one_noise),
+    Fault("no mean when drawing", "step", step_without_mean_when_drawing),
+    Fault("still at t = 1 when drawing", "step", step_still_at_the_start),
+    Fault("no kernel named, lost at s = 0", "step", nameless_step_lost_at_the_end, r"s = 0\b"),
+    Fault("deaf to the kernel", "step", deaf_step, "flow_sde"),
+    Fault("random score", "step", jittery_step),
     Fault("eta is 0.7", "step", FixedEta().step),
     Fault("mean over the last axis only", "step", LastAxisMean().step, r"ax[ie]s"),
     Fault("infinite g made a number", "step", InfinityToNumber().step, r"t = 1\b"),
@@ -1052,7 +1104,17 @@ def step_of_rows(v, x_t, t, s, eta, kernel, x_s=None):
 USUAL = {"mean or sum": "mean", "constants": "kept", "precision": "float64"}
 NAMED_G = r"(^|\W)g\b"
 
+
+def step_with_whole_std(v, x_t, t, s, eta, x_s=None, kernel="cps"):
+    """Has a std for every number, and numpy where it is allowed."""
+    if kernel == "cps":
+        v = torch.from_numpy(v.numpy())
+    drawn, log_prob, mean, std = Plain().step(v, x_t, t, s, eta, kernel, x_s)
+    return drawn, log_prob, mean, column(std, mean).expand_as(mean)
+
+
 STEP_VARIANTS = [
+    Variant("step with a whole std, numpy inside", "step", step_with_whole_std, USUAL),
     Variant("plain step", "step", Plain().step, USUAL | {"g or std": "std"}),
     Variant("step by drift and by ends", "step", ByParts().step, USUAL),
     Variant("float32 step", "step", float32_step, {"precision": "float32"}),

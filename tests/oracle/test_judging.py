@@ -555,13 +555,23 @@ def test_a_function_that_does_not_answer_is_ended(theirs):
     assert "theirs:sleeps" not in listed.stdout
 
 
-def test_both_ways_of_asking_give_one_judgement(theirs):
-    """Here and elsewhere, the working directory first."""
-    elsewhere = judging.judge_elsewhere("theirs:good", SEED, limit=60.0)
-    names = {}
-    exec(THEIRS, names)
-    assert judging.judge(names["good"], SEED) == elsewhere
-    assert elsewhere.verdict == "agrees" and elsewhere.asked == elsewhere.answered > 0
+SENT = [
+    ("Plain().step", "step"),
+    ("Plain().loss_of_prompts", "loss"),
+    ("Plain().loss_with_kl", "loss"),
+]
+
+
+def test_both_ways_of_asking_give_one_judgement(theirs, monkeypatch):
+    """Here and elsewhere, velocities and all; the working directory comes first."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(implementations.__file__).parent))
+    names = [f"f{i} = {made}" for i, (made, _) in enumerate(SENT)]
+    (theirs / "several.py").write_text("from implementations import Plain\n" + "\n".join(names))
+    for i, (made, level) in enumerate(SENT):
+        elsewhere = judging.judge_elsewhere(f"several:f{i}", SEED, limit=60.0)
+        assert elsewhere.verdict == "agrees" and elsewhere.level == level, elsewhere
+        function = eval(made, {"Plain": implementations.Plain})
+        assert judging.judge(function, SEED) == elsewhere
 
 
 def test_a_message_arrives_as_it_was_sent(tmp_path):

@@ -690,7 +690,9 @@ def verdict(theirs: str, comparison: Comparison) -> str:
         lines += [f"{theirs}: differs", f"  first   {wrong[0].difference(TOLERANCE_FLOAT32)}"]
         lines += [f"  cases   {len(cases)} of {len(seen)} differ: {'; '.join(cases)}"]
     else:
-        lines += [f"{theirs}: agrees to {'float32' if inexact else 'float64'}"]
+        verdict = "names what no case has, and otherwise agrees" if comparison.unknown else "agrees"
+        counted = f"{len(beside)} of {len(beside) + len(comparison.missing)} tensors"
+        lines += [f"{theirs}: {verdict} to {'float32' if inexact else 'float64'}, in {counted}"]
         worst = max(beside, key=lambda pair: pair.off.max().item())
         size = f"{worst.off.max().item():.2g} of its largest entry"
         lines += [f"  worst   {worst.name}: off by {size}"]
@@ -705,11 +707,15 @@ def verdict(theirs: str, comparison: Comparison) -> str:
 
 
 def judge(folder: str, theirs: str) -> int:
-    """Print the verdict on their tensors. Returns 0 agrees, 1 differs, 2 nothing to compare."""
+    """Print the verdict on their tensors.
+
+    Returns 0 agrees, 1 differs or has names that no case has, 2 nothing to compare.
+    """
     try:
         comparison = compare(folder, theirs)
     except ValueError as problem:
         print(f"verify_equivalence.py: error: {problem}", file=sys.stderr)
         return 2
     print(verdict(theirs, comparison))
-    return int(any(not pair.agrees(TOLERANCE_FLOAT32) for pair in comparison.beside))
+    differs = any(not pair.agrees(TOLERANCE_FLOAT32) for pair in comparison.beside)
+    return int(differs or bool(comparison.unknown))

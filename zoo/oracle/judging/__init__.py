@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from zoo.oracle import bugs
 from zoo.oracle.judging.asking import Answerer, CannotBeJudged, Elsewhere, Here
-from zoo.oracle.judging.conditions import Condition, Setting, condition_of
+from zoo.oracle.judging.conditions import Setting, condition_of
 from zoo.oracle.judging.levels import (
     TOLERANCES,
     Case,
@@ -131,9 +131,13 @@ class Session:
         self.cases: dict[Setting, Case] = {}
         self.findings: dict[str, None] = {}
         self.changed = ""
+        self.heard = ""
 
     def send(self, call: Any, about: str) -> Any:
-        """A call and its reply. Raises CannotBeJudged where it ends instead of answering."""
+        """A call and its reply; what else was seen is noted.
+
+        Raises CannotBeJudged where it ends instead of answering.
+        """
         reply = self.answerer.answer(call, about)
         words = reply.words
         if words["exit"]:
@@ -144,8 +148,9 @@ class Session:
         for name in words["state"]:
             if not (drawing and name == "torch's random state"):
                 self.findings[f"it changes {name}"] = None
-        if words["printed"]:
-            self.findings[f"it prints {words['printed'].splitlines()[0][:60]!r}"] = None
+        if words["printed"] and not self.heard:
+            self.heard = words["printed"].strip().splitlines()[0][:60]
+            self.findings[f"it prints {self.heard!r}"] = None
         return reply
 
     def ask(self, setting: Setting) -> Case:
@@ -172,9 +177,10 @@ class Session:
         """Ask some questions again, last first: what differs from what was answered, in words."""
         answered = [case for case in self.cases.values() if case.values is not None]
         for case in reversed(answered[:REPEATED]):
-            again = self.fresh(case.setting).values
-            before = case.values or {}
-            if again is None or any(not torch.equal(again[name], before[name]) for name in before):
+            before, again = case.values or {}, self.fresh(case.setting).values or {}
+            same = before.keys() == again.keys()
+            due = {name: Due(value) for name, value in before.items()}
+            if not same or precision_of(*without_nan(again, due)) != "float64":
                 about = case.setting.described(self.level.shown)
                 return (
                     f"asked again, it gives another answer ({about}): it depends on earlier calls"
@@ -254,7 +260,7 @@ def explains(level: Level, module: ModuleType, cases: list[Case], convention: An
     for case in cases:
         try:
             due = level.due(case.setting, convention, module)
-        except (ValueError, RuntimeError):
+        except Exception:  # of a patched core, which may not run there
             return False
         if not precision_of(*without_nan(case.values or {}, due)):
             return False
@@ -271,8 +277,8 @@ def without_nan(values: Values, due: dict[str, Due]) -> tuple[Values, dict[str, 
     return theirs, ours
 
 
-def where_it_differs(session: Session, bad: list[Case], found: Recognised) -> Condition:
-    """The smallest condition around the first case that differs."""
+def where_it_differs(session: Session, bad: list[Case], found: Recognised) -> str:
+    """The smallest condition around the first case that differs, in words."""
     level = session.level
 
     def differs(setting: Setting) -> bool | None:
@@ -290,7 +296,11 @@ def where_it_differs(session: Session, bad: list[Case], found: Recognised) -> Co
                 telling = telling or any(bool(z.value.any()) for z in due.values())
         return False if telling else None
 
-    return condition_of(bad[0].setting, differs, level.axes)
+    try:
+        condition = condition_of(bad[0].setting, differs, level.axes)
+    except CannotBeJudged as reason:  # the verdict stands
+        return f"not found: {reason}"
+    return f"only {condition.words()}" if condition.happens else "everywhere"
 
 
 # ---- The verdict ---------------------------------------------------------------------------------
@@ -298,12 +308,17 @@ def where_it_differs(session: Session, bad: list[Case], found: Recognised) -> Co
 
 def level_of(parameters: dict[str, Any], generator: torch.Generator) -> Level:
     """The level whose parameters they are. Raises CannotBeJudged for other signatures."""
+    pair = {"kl", "velocity_ref"}
     for level in LEVELS:
         own = {*level.required, *level.optional}
+        if not pair <= set(parameters):
+            own -= pair
         extra = [name for name in parameters if name not in own]
         defaults = all(parameters[name] != "required" for name in extra)
         if set(level.required) <= set(parameters) and defaults:
-            chosen = level(parameters, generator)
+            chosen = level(
+                {name: parameters[name] for name in parameters if name in own}, generator
+            )
             if extra:
                 chosen.findings.append(f"left at their defaults: {', '.join(extra)}")
             return chosen
@@ -327,10 +342,17 @@ def judge_answerer(answerer: Answerer, seed: int, progress: bool = False) -> Jud
     scope = scope_of(session)
     if scope.left:  # ask as much within it
         level.axes = {name: scope.left.get(name, values) for name, values in level.axes.items()}
+        settings = level.settings()
         for setting in tqdm(
-            level.settings(), "within its scope", file=sys.stderr, disable=not progress, leave=False
+            settings, "in scope", file=sys.stderr, disable=not progress, leave=False
         ):
             session.ask(setting)
+    asked = [session.ask(setting) for setting in settings]
+    refused = [case for case in asked if case.values is None]
+    if 2 * len(refused) > len(asked):
+        about = refused[0].setting.described(level.shown)
+        count = f"{len(refused)} of {len(asked)} questions within its scope"
+        raise CannotBeJudged(f"it does not answer {count}, first {about}: {refused[0].why}")
     return verdict_of(session, scope)
 
 
@@ -340,6 +362,7 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
     cases = list(session.cases.values())
     forgotten = session.forgets()
     found = level.recognise(cases, session.ask)
+    cases += found.more
     answered = [case for case in cases if case.values is not None]
     precisions = [
         precision_of(case.values or {}, level.due(case.setting, found.convention))
@@ -349,8 +372,7 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
     good = [case for case, precision in zip(answered, precisions, strict=True) if precision]
     first, where, names = "", "", []
     if bad:
-        condition = where_it_differs(session, bad, found)
-        where = f"only {condition.words()}" if condition.happens else "everywhere"
+        where = where_it_differs(session, bad, found)
         due = level.due(bad[0].setting, found.convention)
         first = first_difference(bad[0], due, level.shown)
         names = known_bugs(level, bad, good, found)
@@ -359,7 +381,7 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
     told = dict(found.told)
     if good:
         told["precision"] = "float32" if "float32" in precisions else "float64"
-    seen = [*level.findings, *session.findings]
+    seen = [*level.findings, *session.answerer.state, *session.findings]
     if bad:
         seen += [words for words in (session.changed, forgotten) if words]
     return Judgement(
@@ -369,7 +391,7 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
         verdict="disagrees" if first else "agrees",
         conventions=told,
         scope=(*found.scope, *scope.said),
-        findings=tuple(seen),
+        findings=tuple(dict.fromkeys(seen)),
         first=first,
         where=where,
         bugs=tuple(names),
@@ -396,6 +418,9 @@ def judge_elsewhere(where: str, seed: int, limit: float) -> Judgement:
         printed = answerer.output()
     except CannotBeJudged as reason:
         return Judgement("", "cannot be judged", str(reason))
+    except Exception as error:  # of the judge: that is no verdict either
+        failed = f"the judge itself failed, {type(error).__name__}: {error}"
+        return Judgement("", "cannot be judged", failed)
     finally:
         answerer.close()
     if printed:

@@ -179,12 +179,14 @@ def eps_range(deltas: Tensor, stds: Tensor, precision: Tensor, form: str) -> tup
 def say_range(low: float, high: float) -> tuple[float, str]:
     """(a value, words): a usual value where it is the only one; never one of several."""
     inside = [eps for eps in USUAL_EPS if low <= eps <= high]
+    narrow = high - low < 0.005 * (low + high) / 2
     if len(inside) == 1 and low > 0:
-        return inside[0], f"{inside[0]:g}"
+        exact = f"{inside[0]:g}"
+        return inside[0], exact if narrow else f"{exact} (from {low:.2g} to {high:.2g})"
     if low == 0:
         return 0.0, f"0 (or below {high:.1g})"
     middle = (low + high) / 2
-    if high - low < 0.005 * middle:
+    if narrow:
         return middle, f"{middle:.3g}"
     return middle, f"between {low:.2g} and {high:.2g}"
 

@@ -15,16 +15,20 @@ import io
 import json
 import os
 import random
+import resource
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+
+LARGEST_FILE = 2**30  # bytes that the judged code may write into a file
 
 
 class Message(NamedTuple):
@@ -95,11 +99,14 @@ def state_of_the_process() -> dict[str, Any]:
     """What a function should leave alone, by name."""
     return {
         "the default dtype": torch.get_default_dtype(),
+        "the default device": torch.get_default_device(),
         "the gradient mode": torch.is_grad_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
         "the number of threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "the matmul precision": torch.get_float32_matmul_precision(),
         "torch's random state": bytes(torch.random.get_rng_state().numpy()),
+        "numpy's random state": repr([*map(bytes, map(numpy.array, numpy.random.get_state()))]),
         "Python's random state": random.getstate(),
         "the environment": dict(os.environ),
         "the working directory": os.getcwd(),
@@ -107,12 +114,27 @@ def state_of_the_process() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what the next answer could depend on."""
+    """Put back what would change the next answer, or the judge's own numbers; no random state."""
     torch.set_default_dtype(state["the default dtype"])
+    torch.set_default_device(state["the default device"])
     torch.set_grad_enabled(state["the gradient mode"])
+    torch.set_num_threads(state["the number of threads"])
     torch.use_deterministic_algorithms(state["deterministic algorithms"])
     torch.set_float32_matmul_precision(state["the matmul precision"])
     os.chdir(state["the working directory"])
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of what changed."""
+    return [name for name in before if before[name] != after[name]]
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, at most 200 characters."""
+    try:
+        return (str(error).splitlines() or [""])[0][:200]
+    except Exception:  # somebody else's __str__
+        return ""
 
 
 def plain(value: Any) -> Tensor | None:
@@ -120,12 +142,21 @@ def plain(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         tensor = value.detach().as_subclass(Tensor).cpu()
         return tensor.clone().contiguous() if tensor.is_floating_point() else None
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
-    if type(value).__module__ == "numpy":
+    if isinstance(value, (float, numpy.ndarray, numpy.floating)):
         with contextlib.suppress(TypeError):
-            return torch.as_tensor(value).double()
+            return torch.tensor(numpy.array(value), dtype=torch.float64)
     return None
+
+
+class Heard(io.TextIOBase):
+    """Somewhere to print to, which keeps the first 200 characters."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text = (self.text + text)[:200]
+        return len(text)
 
 
 # ---- One call ------------------------------------------------------------------------------------
@@ -145,53 +176,53 @@ def perform(function: Callable, call: Message) -> Message:
     if wanted == "v":
         given["v"].requires_grad_(True)
     state = state_of_the_process()
-    printed = io.StringIO()
+    heard = Heard()
     out: Any = None
+    gradient: Tensors = {}
     words: dict[str, Any] = {"error": "", "message": "", "exit": ""}
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(heard):
             out = function(**given)
+            if wanted:
+                gradient = gradient_of(wanted, out, given, fields)
     except KeyboardInterrupt:
         raise
     except Exception as error:  # somebody else's code: whatever it raises is its answer
         words["error"] = type(error).__name__
-        words["message"] = (str(error).splitlines() or [""])[0][:200]
+        words["message"] = first_line(error)
     except BaseException as error:
-        words["exit"] = f"{type(error).__name__}({error})"
-    after = state_of_the_process()
-    words["state"] = [name for name in state if state[name] != after[name]]
-    words["printed"] = printed.getvalue()[:200]
+        words["exit"] = f"{type(error).__name__}({first_line(error)})"
+    words["state"] = differences(state, state_of_the_process())
+    words["printed"] = heard.text
     restore(state)
     words["changed"] = [name for name, z in before.items() if not torch.equal(given[name], z)]
+    return packed(words, out, gradient)
 
-    many = isinstance(out, (tuple, list))
-    values = list(out) if many else [out]
-    words["many"] = many
+
+def packed(words: dict[str, Any], out: Any, gradient: Tensors) -> Message:
+    """The reply: what was returned, one value or several, as tensors by their places."""
+    words["many"] = isinstance(out, (tuple, list))
     words["returned"] = []
-    tensors: Tensors = {}
-    for i, value in enumerate(values):
+    tensors = dict(gradient)
+    for i, value in enumerate(list(out) if words["many"] else [out]):
         tensor = plain(value)
         words["returned"].append("tensor" if tensor is not None else type(value).__name__)
         if tensor is not None:
             tensors[str(i)] = tensor
-    if wanted and not words["error"] and not words["exit"]:
-        tensors |= gradient_of(wanted, values, given, fields)
     return Message(words, tensors)
 
 
-def gradient_of(
-    wanted: str, values: list[Any], given: dict[str, Any], fields: dict[str, Field]
-) -> Tensors:
+def gradient_of(wanted: str, out: Any, given: dict[str, Any], fields: dict[str, Field]) -> Tensors:
     """{"gradient": ...}, zero where the value does not depend on what it is taken by.
 
     {} where a step's log-probability carries no gradient at all.
     """
     if wanted == "theta":
         inputs = list(fields["velocity"].parameters())
-        value = values[0]
+        value = out
     else:
         inputs = [given["v"]]
-        value = values[1] if len(values) > 1 else None
+        value = out[1] if isinstance(out, (tuple, list)) and len(out) > 1 else None
     if not isinstance(value, Tensor) or not value.requires_grad:
         zeros = torch.zeros(sum(z.numel() for z in inputs), dtype=torch.float64)
         return {"gradient": zeros} if wanted == "theta" else {}
@@ -257,25 +288,45 @@ def parameters_of(function: Any) -> list[tuple[str, str | None]]:
     return found
 
 
-def main(where: str, calls: int, replies: int) -> int:
+def confine(calls: int, replies: int, seconds: int) -> None:
+    """Nothing that it starts holds the pipes, and it ends by itself if its judge is gone."""
+    os.set_inheritable(calls, False)
+    os.set_inheritable(replies, False)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+
+
+def found(where: str) -> Any:
+    """MODULE:FUNCTION, first of all in the working directory."""
+    module, _, name = where.partition(":")
+    sys.path.insert(0, os.getcwd())
+    function: Any = importlib.import_module(module)
+    for part in name.split("."):
+        function = getattr(function, part)
+    return function
+
+
+def main(where: str, calls: int, replies: int, seconds: int) -> int:
     """Import MODULE:FUNCTION and answer calls until there are no more."""
+    confine(calls, replies, seconds)
+    own = os.getpid()
     with os.fdopen(calls, "rb") as source, os.fdopen(replies, "wb") as to:
-        module, _, name = where.partition(":")
-        sys.path.insert(0, os.getcwd())
+        before = state_of_the_process()
         try:
-            function: Any = importlib.import_module(module)
-            for part in name.split("."):
-                function = getattr(function, part)
+            function = found(where)
             parameters = parameters_of(function)
         except Exception as error:  # whatever their module does on import
-            said = (str(error).splitlines() or [""])[0]
-            send(to, Message({"failed": f"{type(error).__name__}: {said}"}, {}))
+            send(to, Message({"failed": f"{type(error).__name__}: {first_line(error)}"}, {}))
             return 0
-        send(to, Message({"failed": "", "parameters": parameters}, {}))
+        state = differences(before, state_of_the_process())
+        send(to, Message({"failed": "", "parameters": parameters, "state": state}, {}))
         while (call := receive(source)) is not None:
-            send(to, perform(function, call))
+            reply = perform(function, call)
+            if os.getpid() != own:  # a copy that the judged code forked
+                os._exit(0)
+            send(to, reply)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

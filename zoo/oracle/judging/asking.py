@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ class Answerer(Protocol):
     """Whoever answers: a function here, or one in a process of its own."""
 
     parameters: dict[str, Any]  # {name: default}, "required" without one
+    state: list[str]  # what its import changed, in words
 
     def answer(self, call: Message, about: str) -> Message:
         """The reply to a call; `about` names the question. Raises CannotBeJudged."""
@@ -35,6 +37,7 @@ class Here:
 
     def __init__(self, function: Callable):
         self.function = function
+        self.state: list[str] = []
         try:
             self.parameters = dict(asked.parameters_of(function))
         except (TypeError, ValueError):
@@ -59,7 +62,8 @@ class Elsewhere:
         calls, self.to_child = os.pipe()
         self.from_child, replies = os.pipe()
         # -P: nothing but what MODULE says is found beside this file.
-        command = [sys.executable, "-P", asked.__file__, where, str(calls), str(replies)]
+        command = [sys.executable, "-P", "-u", asked.__file__, where]
+        command += [str(calls), str(replies), str(math.ceil(limit) + 10)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -78,29 +82,33 @@ class Elsewhere:
 
     def imported(self, where: str) -> dict[str, Any]:
         """The parameters of the function, once it is there."""
-        words = self.next_reply("its import").words
+        words = self.next_reply("its import", time.monotonic() + self.limit).words
         if words["failed"]:
             wanted = "must be an importable MODULE:FUNCTION"
             raise CannotBeJudged(f"{where} {wanted} ({words['failed']})")
+        self.state = [f"it changes {name} on import" for name in words["state"]]
         return dict(words["parameters"])
 
     def answer(self, call: Message, about: str) -> Message:
-        with contextlib.suppress(BrokenPipeError):  # then it has ended, as the reply will tell
-            asked.send(Pipe(self.to_child), call)
-        return self.next_reply(about)
+        until = time.monotonic() + self.limit - self.spent
+        # Where it has ended, or reads nothing, that is what its reply will tell.
+        with contextlib.suppress(BrokenPipeError, TimeoutError):
+            asked.send(Pipe(self.to_child, until), call)
+        return self.next_reply(about, until)
 
-    def next_reply(self, about: str) -> Message:
+    def next_reply(self, about: str, until: float) -> Message:
         """What it sends next. Raises CannotBeJudged where it ends, or takes too long."""
         began = time.monotonic()
-        pipe = Pipe(self.from_child, until=began + self.limit - self.spent)
+        pipe = Pipe(self.from_child, until)
         try:
             reply = asked.receive(pipe)
         except TimeoutError:
             raise CannotBeJudged(
                 f"{about}: no answer within the {self.limit:g} s that it may take in all"
             ) from None
-        except (ValueError, KeyError) as error:
-            raise CannotBeJudged(f"{about}: its reply is no reply ({error})") from None
+        except Exception as error:  # of whatever it wrote there
+            what = f"{type(error).__name__}: {error}"
+            raise CannotBeJudged(f"{about}: its reply is no reply ({what})") from None
         self.spent += time.monotonic() - began
         if reply is None:
             raise CannotBeJudged(f"{about}: {self.how_it_ended()}")
@@ -133,15 +141,16 @@ class Elsewhere:
 
 
 def text_of(file: IO[bytes]) -> str:
-    """Its first 100,000 bytes."""
-    file.seek(0)
-    return file.read(100_000).decode(errors="replace")
+    """Its last 10,000 bytes."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 10_000))
+    return file.read().decode(errors="replace")
 
 
 class Pipe:
-    """Reads and writes whole messages on a descriptor; reading raises TimeoutError past `until`."""
+    """Reads and writes whole messages on a descriptor. Raises TimeoutError past `until`."""
 
-    def __init__(self, descriptor: int, until: float = float("inf")):
+    def __init__(self, descriptor: int, until: float):
         self.descriptor = descriptor
         self.until = until
 
@@ -162,7 +171,10 @@ class Pipe:
     def write(self, data: bytes) -> None:
         """All of it."""
         while data:
-            data = data[os.write(self.descriptor, data) :]
+            left = self.until - time.monotonic()
+            if left <= 0 or not select.select([], [self.descriptor], [], left)[1]:
+                raise TimeoutError
+            data = data[os.write(self.descriptor, data[: select.PIPE_BUF]) :]
 
     def flush(self) -> None:
         """Nothing is held back."""

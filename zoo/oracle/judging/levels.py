@@ -22,6 +22,7 @@ from zoo.oracle.judging.conditions import Setting
 
 # Relative: far above rounding, far below what any bug does.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
+DRAWS = 100  # of a setting, before it is given up as one that makes no sense
 TIMES_AS = ("numbers", "tensors", "tensors of a row each")
 
 DROPPED = "dropped: steps are weighted by 2 std^2"  # of 1/(2 std^2)
@@ -138,7 +139,7 @@ def field_of(seed: int, event: tuple[int, ...]) -> Field:
 
 def weights_of(field: Field, name: str) -> Values:
     """Its weights as they travel."""
-    return {f"{name}.w1": field.w1.detach(), f"{name}.w2": field.w2.detach()}
+    return {f"{name}.w1": field.w1.detach().clone(), f"{name}.w2": field.w2.detach().clone()}
 
 
 def process_of(module: ModuleType, setting: Setting) -> Any:
@@ -200,6 +201,7 @@ class Recognised(NamedTuple):
     convention: Any
     told: dict[str, str]
     scope: tuple[str, ...] = ()
+    more: tuple[Case, ...] = ()  # what was asked to find out, and is to be judged, too
 
 
 class Level:
@@ -257,13 +259,14 @@ class Level:
         """What else is to be seen, once its numbers are right: what is wrong, or ""."""
         return ""
 
-    def random_setting(self, generator: torch.Generator, **fixed: Any) -> Setting:
-        """One value of each axis, but for what is fixed."""
-        while True:
+    def random_settings(self, generator: torch.Generator, **fixed: Any) -> list[Setting]:
+        """One, with a value of each axis but for what is fixed; none where none makes sense."""
+        for _ in range(DRAWS):
             drawn = {name: pick(generator, values) for name, values in self.axes.items()}
             setting = Setting(**(drawn | fixed), seed=draw_seed(generator))
             if self.allowed(setting):
-                return setting
+                return [setting]
+        return []
 
 
 def tensor_of(reply: Message, i: int, what: str) -> Tensor:
@@ -283,9 +286,13 @@ def shaped(value: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
 
 
 def one_per_row(value: Tensor, rows: int, what: str) -> Tensor:
-    """A number, [B], [B, 1], [B, 1, 1] ... or [1, ..., 1] as [B]. Raises Unusable for another."""
-    numbers = value.double().flatten()
-    good = numbers.numel() == 1 or (value.shape[0] == rows and numbers.numel() == rows)
-    if not good:
-        raise Unusable(f"returns {what} of shape {list(value.shape)}, must be one number a row")
-    return numbers.expand(rows)
+    """What broadcasts to [B, ...] and is one number in each row, as [B]. Raises Unusable else."""
+    wanted = f"returns {what} of shape {list(value.shape)}, must be one number a row"
+    if value.numel() == 1:
+        return value.double().flatten().expand(rows)
+    if value.shape[0] not in (1, rows):
+        raise Unusable(wanted)
+    numbers = value.double().flatten(1) if value.ndim > 1 else value.double()[:, None]
+    if bool((numbers != numbers[:, :1]).any()):
+        raise Unusable(wanted)
+    return numbers[:, 0].expand(rows)

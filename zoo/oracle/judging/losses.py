@@ -33,6 +33,7 @@ from zoo.oracle.judging.levels import (
     Due,
     Level,
     Recognised,
+    Send,
     Unusable,
     Values,
     draw_etas,
@@ -102,6 +103,15 @@ class AdvantagesLevel(Level):
 
     def bug_conventions(self, found: Recognised) -> list[Any]:
         return [found.convention, *USUAL_ADVANTAGES]
+
+    def afterwards(self, found: Recognised, cases: list[Case], send: Send) -> str:
+        """Equal rewards whose mean is rounded: most codebases give them rounding over eps."""
+        rewards = torch.full((1, 8), 0.1, dtype=torch.float64)
+        reply = send(message({}, {"rewards": rewards}), "eight rewards of 0.1")
+        largest = reply.tensors["0"].abs().max().item() if "0" in reply.tensors else 0.0
+        if largest > 1e-6:
+            self.findings.append(f"eight rewards of 0.1 get |A| = {largest:.2g}: rounding over eps")
+        return ""
 
 
 def recognised_advantages(cases: list[Case], rewards: Any) -> Advantages | None:
@@ -186,8 +196,9 @@ class LossLevel(Level):
                 for value in values if name != "kernel" else ():
                     fixed = usual | {"kernel": kernel, name: value}
                     if name != "times" or self.allowed(Setting(**fixed)):
-                        drawn.append(self.random_setting(self.generator, **fixed))
-            drawn += [self.random_setting(self.generator, kernel=kernel) for _ in range(6)]
+                        drawn += self.random_settings(self.generator, **fixed)
+            for _ in range(6):
+                drawn += self.random_settings(self.generator, kernel=kernel)
         return drawn
 
     def call(self, setting: Setting) -> Message:

@@ -314,7 +314,7 @@ class Recogniser:
         for setting in settings:
             values = self.ask(setting).values
             kept = self.kept_members(setting, free)
-            if values is None or kept is None:
+            if values is None or kept is None or not bool(values["loss"].isfinite()):
                 continue
             group = group_of(setting)
             A = convention.advantages.of(group.rewards)

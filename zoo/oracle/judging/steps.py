@@ -158,12 +158,12 @@ class TransitionLevel(Level):
         for kernel in self.axes["kernel"]:
             for k in self.axes["k"]:
                 for _ in range(3):
-                    drawn.append(self.random_setting(self.generator, kernel=kernel, k=k))
+                    drawn += self.random_settings(self.generator, kernel=kernel, k=k)
             for name in ("times", "event", "groups"):
                 for value in self.axes[name]:
                     fixed = {"kernel": kernel, name: value}
                     if name != "times" or has_density(kernel, value):
-                        drawn.append(self.random_setting(self.generator, **fixed))
+                        drawn += self.random_settings(self.generator, **fixed)
         return drawn
 
     def call(self, setting: Setting) -> Message:
@@ -241,8 +241,10 @@ class LogProbLevel(Level):
 
     def settings(self) -> list[Setting]:
         """Each shape twice."""
-        events = [*self.axes["event"]] * 2
-        return [self.random_setting(self.generator, event=event) for event in events]
+        drawn = []
+        for event in [*self.axes["event"]] * 2:
+            drawn += self.random_settings(self.generator, event=event)
+        return drawn
 
     def given(self, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
         """(x_s, mean, std); std differs from row to row, so that a dropped constant shows."""
@@ -304,14 +306,15 @@ class StepLevel(Level):
 
     def __init__(self, parameters: dict[str, Any], generator: torch.Generator):
         super().__init__(parameters, generator)
+        self.is_named = "kernel" in parameters  # else the kernel is to be found out
+        self.only = ""  # what was found out
+        # How the function of each kernel wants to be called, once that is known.
         self.times_as = dict.fromkeys(pave.KERNELS, TIMES_AS[0])
-        self.gradient = "v"
-        self.only = ""  # the one kernel, of a function that is not asked for kernels
+        self.gradient = dict.fromkeys(pave.KERNELS, "v")
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
-        named = "kernel" in self.parameters
         return {
-            "kernel": tuple(pave.KERNELS) if named else ("flow_sde",),
+            "kernel": tuple(pave.KERNELS) if "kernel" in self.parameters else (NAMELESS,),
             "times": draw_times(generator),
             "eta": draw_etas(generator),
             "event": draw_events(generator),
@@ -326,42 +329,44 @@ class StepLevel(Level):
                 for value in self.axes[name]:
                     fixed = {"kernel": kernel, name: value}
                     if name != "times" or self.allowed(Setting(**fixed)):
-                        drawn.append(self.random_setting(self.generator, **fixed))
-            drawn += [self.random_setting(self.generator, kernel=kernel) for _ in range(10)]
+                        drawn += self.random_settings(self.generator, **fixed)
+            for _ in range(10):
+                drawn += self.random_settings(self.generator, kernel=kernel)
         return drawn
 
+    def kernel_of(self, setting: Setting) -> str:
+        """What is computed, as far as it is known: cps, which asks for most, where it is not."""
+        return setting.kernel if self.is_named else self.only or "cps"
+
     def allowed(self, setting: Setting) -> bool:
-        named = "kernel" in self.parameters
-        return has_density(setting.kernel if named else "cps", setting.times)
+        return has_density(self.kernel_of(setting), setting.times)
 
     def call(self, setting: Setting, samples: bool = False) -> Message:
         v, x_t, x_s = step_states(setting)
         t, s = setting.times
         numbers: dict[str, Any] = {"t": t, "s": s, "eta": setting.eta}
-        if "kernel" in self.parameters:
+        if self.is_named:
             numbers["kernel"] = setting.kernel
         tensors = {"v": v, "x_t": x_t}
         if samples:
             numbers["x_s"] = None
         else:
             tensors["x_s"] = x_s
-        gradient = self.gradient
-        times = self.times_as[setting.kernel]
+        gradient, times = self.gradient[setting.kernel], self.times_as[setting.kernel]
         return message(numbers, tensors, {}, False, gradient, times, setting.rows)
 
     def prepare(self, send: Send, settings: Sequence[Setting]) -> None:
         """Times as numbers, or as it wants them; v with a gradient, or as it wants it."""
-        for kernel in dict.fromkeys(setting.kernel for setting in settings):
+        kernels = [*dict.fromkeys(setting.kernel for setting in settings)]
+        for kernel in kernels:
             own = [setting for setting in settings if setting.kernel == kernel][:12]
             for gradient, times in product(("v", ""), TIMES_AS):
-                self.gradient = gradient
-                self.times_as[kernel] = times
+                self.gradient[kernel], self.times_as[kernel] = gradient, times
                 if any(self.is_usable(send(self.call(z), "how it is called"), z) for z in own):
                     break
             else:
-                self.gradient = "v"
-                self.times_as[kernel] = TIMES_AS[0]
-        told = {kernel: self.times_as[kernel] for kernel in {s.kernel: 0 for s in settings}}
+                self.gradient[kernel], self.times_as[kernel] = "v", TIMES_AS[0]
+        told = {kernel: self.times_as[kernel] for kernel in kernels}
         if any(times != TIMES_AS[0] for times in told.values()):
             self.findings.append(f"t and s are given as {together(told)}")
 
@@ -381,9 +386,11 @@ class StepLevel(Level):
         returned = reply.words["returned"]
         if not reply.words["many"] or not 2 <= len(returned) <= 4:
             raise Unusable(f"returns {len(returned)} values, must be x_s, log_prob, mean, std")
-        shaped(tensor_of(reply, 0, "x_s"), shape, "x_s")
+        values: Values = {}
+        if returned[0] != "NoneType":
+            values["x_s"] = shaped(tensor_of(reply, 0, "x_s"), shape, "x_s")
         log_prob = tensor_of(reply, 1, "log_prob")
-        values = {"log-probability": one_per_row(log_prob, rows, "a log-probability")}
+        values["log-probability"] = one_per_row(log_prob, rows, "a log-probability")
         for i in range(2, len(returned)):
             if returned[i] == "NoneType":
                 continue
@@ -395,110 +402,135 @@ class StepLevel(Level):
                 values["mean"] = shaped(value, shape, "a mean")
         if "gradient" in reply.tensors:
             values["gradient"] = reply.tensors["gradient"]
-        order = ("mean", "std", "log-probability", "gradient")
-        return {name: values[name] for name in order if name in values}
+        return {name: values[name] for name in QUANTITIES if name in values}
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
-        kernel = self.only or setting.kernel
+        kernel = self.kernel_of(setting)
         return self.due_under(setting, kernel, convention.get(kernel, Chosen()), module)
 
     def due_under(
-        self, setting: Setting, kernel: str, chosen: Chosen, module: ModuleType
+        self, setting: Setting, kernel: str, chosen: Chosen, module: ModuleType = pave
     ) -> dict[str, Due]:
         """What is due of a kernel at the states of a question; d (sum log_prob) / d v, too."""
         return step_due(step_asked(setting, kernel, chosen.log_prob.reduction, module), chosen)
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
-        scope = self.choose_kernel(cases)
+        more = () if self.is_named else self.choose_kernel(cases, ask)
+        everything = [*cases, *more]
         convention = {}
-        for kernel in [self.only] if self.only else choices(cases):
-            own = [case for case in cases if self.only or case.setting.kernel == kernel]
+        for kernel in choices(everything) if self.is_named else [self.only]:
+            own = [case for case in everything if self.kernel_of(case.setting) == kernel]
             convention[kernel] = best(CHOICES, functools.partial(self.agreements, own, kernel))
-        told = {
-            "mean or sum": together({k: c.log_prob.reduction for k, c in convention.items()}),
-            "constants": together({k: c.log_prob.constants for k, c in convention.items()}),
-            "1/(2 std^2)": together({k: c.log_prob.half_square for k, c in convention.items()}),
-        }
-        answered = [case.values for case in cases if case.values is not None]
+        told = {}
+        for name in ("reduction", "constants", "half_square"):
+            words = {k: getattr(chosen.log_prob, name) for k, chosen in convention.items()}
+            told[TOLD[name]] = together(words)
+        answered = [case.values for case in everything if case.values is not None]
         if any("std" in values for values in answered):
-            told["g or std"] = together({k: c.called for k, c in convention.items()})
+            told["g or std"] = together({k: chosen.called for k, chosen in convention.items()})
         missing = [name for name in ("mean", "std") if not any(name in v for v in answered)]
         if missing:
             self.findings.append(f"it returns no {' and no '.join(missing)}")
         if not any("gradient" in values for values in answered):
             self.findings.append("log_prob carries no gradient by v: it scores, it cannot train")
-        return Recognised(convention, told, scope)
+        self.look_for_a_deaf_function(cases, convention)
+        scope = () if self.is_named else (f"kernel {self.only} only",)
+        return Recognised(convention, told, scope, more)
 
-    def choose_kernel(self, cases: list[Case]) -> tuple[str, ...]:
-        """Which kernel it is, of a function that has no say, or that listens to none."""
-        default = self.parameters.get("kernel")
-        candidates = [*pave.KERNELS] if "kernel" not in self.parameters else [default]
-        best_of = {}
-        for kernel in candidates:
-            own = [c for c in cases if has_density(str(kernel), c.setting.times)]
-            if kernel in pave.KERNELS:
-                best_of[kernel] = max(self.agreements(own, kernel, chosen) for chosen in CHOICES)
-        if not best_of:
-            return ()
-        kernel = max(best_of, key=lambda name: best_of[name])
-        own = [case for case in cases if has_density(kernel, case.setting.times)]
-        asked_for = {case.setting.kernel for case in own if case.values is not None}
-        quantities = sum(len(case.values or ()) for case in own)
-        if "kernel" in self.parameters:
-            if len(asked_for) < 2 or best_of[kernel] < quantities:
-                return ()
-            said = f"kernel {kernel} only: its default, whatever kernel is asked for"
-        else:
-            said = f"kernel {kernel} only"
-        self.only = kernel
-        cases[:] = own
-        return (said,)
+    def choose_kernel(self, cases: list[Case], ask: Ask) -> tuple[Case, ...]:
+        """Which kernel it is, of a function that has no say; with questions that only it allows."""
+        counts = {}
+        for kernel in pave.KERNELS:
+            counts[kernel] = max(self.agreements(cases, kernel, chosen) for chosen in CHOICES)
+        self.only = max(counts, key=lambda kernel: counts[kernel])
+        more = []
+        for times in self.axes["times"]:
+            if has_density(self.only, times) and not has_density("cps", times):
+                for _ in range(3):
+                    more += self.random_settings(self.generator, times=times)
+        return tuple(ask(setting) for setting in more)
+
+    def look_for_a_deaf_function(self, cases: list[Case], convention: dict[str, Chosen]) -> None:
+        """Say so where it computes one kernel whatever it is asked for."""
+        for kernel, chosen in convention.items():
+            others = [z for z in cases if z.values is not None and z.setting.kernel != kernel]
+            own = [z for z in others if has_density(kernel, z.setting.times)][:6]
+            quantities = sum(len(case.values or ()) for case in own)
+            if self.is_named and own and self.agreements(own, kernel, chosen) == quantities:
+                cure = "leave out the parameter, or raise for the others"
+                self.findings.append(f"it computes {kernel} whatever kernel is asked for: {cure}")
 
     def agreements(self, cases: list[Case], kernel: str, chosen: Chosen) -> int:
         """How many quantities of how many answers agree with it."""
         count = 0
         for case in cases:
             if case.values is not None:
-                due = self.due_under(case.setting, kernel, chosen, pave)
+                due = self.due_under(case.setting, kernel, chosen)
                 for name, value in case.values.items():
                     count += close(value, due[name], TOLERANCES["float32"])
         return count
 
     def afterwards(self, found: Recognised, cases: list[Case], send: Send) -> str:
-        """Let it sample, once for each kernel: is that the Gaussian whose density it gives?"""
-        for kernel in [self.only] if self.only else choices(cases):
-            answered = [c.setting for c in cases if c.values and c.setting.kernel == kernel]
-            usual = (answered or [cases[0].setting])[0]
-            event = (64 * usual.event[0], *usual.event[1:])
-            setting = usual._replace(event=event)
-            reply = send(self.call(setting, samples=True), "sampling")
-            if reply.words["error"]:
-                self.findings.append(f"it does not sample ({reply.words['error']})")
-                continue
-            try:
-                values = self.read(reply, setting)
-                x_s = shaped(tensor_of(reply, 0, "x_s"), (setting.rows, *event), "x_s")
-            except Unusable as problem:
-                self.findings.append(f"it does not sample: it {problem}")
-                continue
-            chosen = found.convention.get(kernel, Chosen())
-            v, x_t, _ = step_states(setting)
+        """Let it sample: is that the Gaussian whose density it gives, and another every time?"""
+        answered = [case.setting for case in cases if case.values is not None]
+        for kernel in [*found.convention]:
+            own = [setting for setting in answered if self.kernel_of(setting) == kernel]
+            chosen = found.convention[kernel]
+            for setting in self.sampled_settings(own):
+                replies = [send(self.call(setting, samples=True), "sampling") for _ in range(2)]
+                if not all(self.is_usable(reply, setting) for reply in replies):
+                    why = replies[0].words["error"] or "it returns something else"
+                    self.findings.append(f"{kernel} does not sample ({why})")
+                    break
+                values = [self.read(reply, setting) for reply in replies]
+                if all("x_s" not in one for one in values):
+                    self.findings.append(f"{kernel} does not sample: it returns no x_s")
+                    break
+                wrong = self.what_is_wrong(setting, chosen, values)
+                if wrong:
+                    return f"sampled at {setting.described(self.shown)}: {wrong}"
+        return ""
+
+    def sampled_settings(self, answered: Sequence[Setting]) -> list[Setting]:
+        """From t = 1, to s = 0 and between, as far as that was answered, with many numbers each."""
+        first: dict[tuple[bool, bool], Setting] = {}
+        for setting in answered:
+            first.setdefault((setting.times[0] == 1, setting.times[1] == 0), setting)
+        drawn = []
+        for setting in first.values():
+            drawn.append(setting._replace(event=(64 * setting.event[0], *setting.event[1:])))
+        return drawn
+
+    def what_is_wrong(self, setting: Setting, chosen: Chosen, drawn: Sequence[Values]) -> str:
+        """Of two answers to one question, each with an x_s of its own; in words, or ""."""
+        v, x_t, _ = step_states(setting)
+        kernel = self.kernel_of(setting)
+        if torch.equal(drawn[0]["x_s"], drawn[1]["x_s"]):
+            return "x_s is the same both times"
+        for values in drawn:
+            own = setting._replace(kernel=kernel)
             reduction = chosen.log_prob.reduction
-            step = scored_step(setting._replace(kernel=kernel), reduction, pave, v, x_t, x_s)
+            step = scored_step(own, reduction, pave, v, x_t, values["x_s"])
             due = step_due(step, chosen)
-            wrong = what_is_wrong_with(x_s, due["mean"].value, due["density's std"].value)
+            wrong = what_is_wrong_with(values["x_s"], step.mean, step.std)
             if wrong:
-                return f"x_s sampled by {kernel}: {wrong}"
-            name = "log-probability"
-            if not close(values[name], due[name], TOLERANCES["float32"]):
-                return f"log-probability of what {kernel} sampled: that of another x_s"
-            name = "gradient"
-            if name in values and not close(values[name], due[name], TOLERANCES["float32"]):
-                cut = "x_s must be detached for log_prob to have its gradient"
-                self.findings.append(f"what {kernel} sampled depends on v: {cut}")
+                return f"x_s: {wrong}"
+            for name in values:
+                if name == "gradient":
+                    continue
+                if not close(values[name], due[name], TOLERANCES["float32"]):
+                    return f"{name} is not that of the x_s that it draws"
+        cut = "x_s must be detached for log_prob to have its gradient"
+        if "gradient" in values and not close(
+            values["gradient"], due["gradient"], TOLERANCES["float32"]
+        ):
+            self.findings.append(f"what {kernel} sampled depends on v: {cut}")
         return ""
 
 
+QUANTITIES = ("x_s", "mean", "std", "log-probability", "gradient")
+NAMELESS = "flow_sde"  # asked for in the place of a kernel that has no name yet
+TOLD = {"reduction": "mean or sum", "constants": "constants", "half_square": "1/(2 std^2)"}
 CHOICES = [Chosen(*names) for names in product(CALLED, LOG_PROB_CONVENTIONS)]
 # Of a standard score; with at most 24 of them a function that is right fails once in 10^7 times.
 SAMPLING_Z = 6.0
@@ -581,12 +613,12 @@ def step_due(step: Scored, chosen: Chosen) -> dict[str, Due]:
     error = (z * states / pave.per_row(step.std, step.x_s)).flatten(1).mean(1) * unit
     # Rounding of the states moves the gradient, too: (x_s - mean) b / std^2.
     moved = states.max() / step.std.min() ** 2 / dims * unit.max()
-    # The convention multiplies what is not constant, gradients with it: the same in every row.
-    kept = unit[0] / log_prob_unit(LogProbConvention(chosen.log_prob.reduction), unit, dims)[0]
+    # Of a reduced log-probability a convention keeps 1 or 2 std^2: of its gradient, too.
+    kept = unit[0] / (dims if chosen.log_prob.reduction == "sum" else 1)
     return {
+        "x_s": Due(step.x_s),
         "mean": Due(step.mean),
         "std": Due(step.std if chosen.called == CALLED[0] else step.std / step.D**0.5),
-        "density's std": Due(step.std),
         "log-probability": Due(log_prob, STATE_ROUNDINGS * error.max().item()),
         "gradient": Due(kept * step.gradient, STATE_ROUNDINGS * moved.item()),
     }
