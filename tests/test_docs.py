@@ -428,7 +428,7 @@ def denoising(kernel):
     ("name", "scope"),
     [
         ("with_scheduler", "kernel flow_sde only"),
-        ("with_sigmas", "nothing kernel dance (KeyError: 'dance')"),
+        ("with_sigmas", "all but kernel dance (KeyError: 'dance')"),
         ("with_index", "kernel dance only (NotImplementedError: flow_sde)"),
         ("with_output", ""),
     ],

@@ -1129,7 +1129,7 @@ STEP_VARIANTS = [
     Variant("step without std", "step", step_without_std, USUAL),
     Variant("step with a column of std", "step", step_without_mean, USUAL | {"g or std": "std"}),
     Variant("Flow-CPS's step", "step", BareCps().step, {"1/(2 std^2)": "dropped"}, (r"cps only",)),
-    Variant("step of one kernel", "step", step_of_flow_sde, USUAL, (r"nothing at t = 1",)),
+    Variant("step of one kernel", "step", step_of_flow_sde, USUAL, (r"all but at t = 1",)),
     Variant("step of pictures", "step", step_of_pictures, USUAL, (r"3 axes",)),
     Variant("step of rows, no gradient", "step", step_of_rows, USUAL),
 ]

@@ -341,22 +341,22 @@ VALUES = {
 @pytest.mark.parametrize(
     ("happens", "start", "words", "scope"),
     [
-        (lambda z: True, {}, "", "nothing "),
-        (lambda z: z.k == 3, {"k": 3}, "k = 3", "nothing k = 3"),
-        (lambda z: z.k >= 6, {"k": 7}, "from k = 6", "nothing from k = 6"),
-        (lambda z: z.k > 1, {"k": 4}, "where not k = 1", "k = 1 only"),
+        (lambda z: True, {}, "", "all but "),
+        (lambda z: z.k == 3, {"k": 3}, "k = 3", "all but k = 3"),
+        (lambda z: z.k >= 6, {"k": 7}, "from k = 6", "all but from k = 6"),
+        (lambda z: z.k > 1, {"k": 4}, "from k = 2", "k = 1 only"),
         (lambda z: z.k > 2, {"k": 4}, "from k = 3", "k in {1, 2} only"),
         (lambda z: z.kernel != "cps", {}, "kernels dance, flow_sde", "kernel cps only"),
-        (lambda z: z.times[0] == 1, {"times": (1.0, 0.75)}, "at t = 1", "nothing at t = 1"),
-        (lambda z: z.times[1] == 0, {"times": (0.25, 0.0)}, "at s = 0", "nothing at s = 0"),
+        (lambda z: z.times[0] == 1, {"times": (1.0, 0.75)}, "at t = 1", "all but at t = 1"),
+        (lambda z: z.times[1] == 0, {"times": (0.25, 0.0)}, "at s = 0", "all but at s = 0"),
         (lambda z: len(z.event) != 3, {}, "below axes = 3", "for states of 3 axes only"),
         (lambda z: bool(z.factors), {"factors": (3,)}, "where S is not empty", "S = {} only"),
-        (lambda z: 3 in z.factors, {"factors": (2, 3)}, "where k = 3 is in S", "nothing where"),
+        (lambda z: 3 in z.factors, {"factors": (2, 3)}, "where k = 3 is in S", "all but where"),
         (
             lambda z: z.kernel == "cps" and z.k == 2,
             {"kernel": "cps", "k": 2},
             "k = 2, kernel cps",
-            "nothing k = 2, kernel cps",
+            "all but k = 2, kernel cps",
         ),
     ],
 )
@@ -458,13 +458,14 @@ def test_a_loss_is_asked_after_an_update_that_the_clip_acts_on():
     """Somebody is cut above, somebody below, and nobody stands at the edge."""
     above = below = 0
     for setting in level_of("loss", 4).settings():
-        if setting.policy == "off" and setting.rewards != "equal":
+        if (setting.policy, setting.clip) == ("off", "between ratios"):
             group, clip = groups.group_of(setting), groups.clip_of(setting)
-            ratio = groups.log_ratio_between(setting, group, group.new).exp()
+            ratios = groups.log_ratios_between(setting, group, group.new).values()
+            ratio = torch.cat([z.exp().flatten() for z in ratios])
             above += bool((ratio > 1 + clip).any())
             below += bool((ratio < 1 - clip).any())
             assert ((ratio - 1).abs() / clip - 1).abs().min() > 1e-6
-    assert min(above, below) > 30
+    assert min(above, below) > 20
 
 
 def test_agreement_is_of_every_entry_and_ends_at_its_tolerance():

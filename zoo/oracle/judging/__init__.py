@@ -163,7 +163,8 @@ class Session:
         """Ask, whatever was answered before."""
         reply = self.send(self.level.call(setting), setting.described(self.level.shown))
         if reply.words["error"]:
-            return Case(setting, None, f"{reply.words['error']}: {reply.words['message']}")
+            words = [reply.words["error"], reply.words["message"]]
+            return Case(setting, None, ": ".join(filter(None, words)))
         try:
             return Case(setting, self.level.read(reply, setting))
         except Unusable as problem:
@@ -236,6 +237,11 @@ def first_difference(case: Case, due: dict[str, Due], shown: tuple[str, ...]) ->
             )
             return f"{name} at {case.setting.described(shown)}: {numbers}"
     return ""
+
+
+def said(number: torch.Tensor) -> str:
+    """Nine digits; 0 for rounding."""
+    return "0" if abs(number.item()) < 1e-15 else f"{number.item():.9g}"
 
 
 def known_bugs(level: Level, bad: list[Case], good: list[Case], found: Recognised) -> list[str]:
@@ -372,9 +378,9 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
     good = [case for case, precision in zip(answered, precisions, strict=True) if precision]
     first, where, names = "", "", []
     if bad:
-        where = where_it_differs(session, bad, found)
+        where = "" if forgotten else where_it_differs(session, bad, found)
         due = level.due(bad[0].setting, found.convention)
-        first = first_difference(bad[0], due, level.shown)
+        first = forgotten or first_difference(bad[0], due, level.shown)
         names = known_bugs(level, bad, good, found)
     else:
         first = level.afterwards(found, cases, session.send) or session.changed or forgotten

@@ -67,9 +67,9 @@ def one(rewards: Tensor) -> Tensor:
 
 
 SCALES = (
+    Scale("none (Dr.GRPO)", one),
     Scale("ddof 1", ddof_1),
     Scale("ddof 0", ddof_0),
-    Scale("none (Dr.GRPO)", one),
     Scale("of the whole batch, ddof 1", batch_1),
     Scale("of the whole batch, ddof 0", batch_0),
     Scale("of the whole batch, centred by group, ddof 1", centred_batch_1),
@@ -191,8 +191,16 @@ def say_range(low: float, high: float) -> tuple[float, str]:
     return middle, f"between {low:.2g} and {high:.2g}"
 
 
-def recognise(readings: Sequence[Reading]) -> Advantages | None:
-    """The first convention that explains all readings; None where none does."""
+def is_usual(low: float, high: float) -> bool:
+    """May eps be 0, or one of the values in use?"""
+    return low == 0 or any(low <= eps <= high for eps in USUAL_EPS)
+
+
+def recognise(readings: Sequence[Reading], usual: bool = False) -> Advantages | None:
+    """The first convention that explains all readings; None where none does.
+
+    usual: only with an eps in use, or none.
+    """
     groups: list[Group] = []
     batches: list[tuple[Reading, int]] = []
     for reading in readings:
@@ -223,7 +231,7 @@ def recognise(readings: Sequence[Reading]) -> Advantages | None:
             continue
         for form in EPS_FORMS:
             low, high = eps_range(deltas, stds, precision, form)
-            if low <= high:
+            if low <= high and (is_usual(low, high) or not usual):
                 eps, said = say_range(low, high)
                 return Advantages(scale.name, form, eps, said, *clamp)
     return None

@@ -116,7 +116,8 @@ def state_of_the_process() -> dict[str, Any]:
 def restore(state: dict[str, Any]) -> None:
     """Put back what would change the next answer, or the judge's own numbers; no random state."""
     torch.set_default_dtype(state["the default dtype"])
-    torch.set_default_device(state["the default device"])
+    if torch.get_default_device() != state["the default device"]:  # setting one slows all of torch
+        torch.set_default_device(None)
     torch.set_grad_enabled(state["the gradient mode"])
     torch.set_num_threads(state["the number of threads"])
     torch.use_deterministic_algorithms(state["deterministic algorithms"])
@@ -132,19 +133,22 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def first_line(error: BaseException) -> str:
     """Of its message, at most 200 characters."""
     try:
-        return (str(error).splitlines() or [""])[0][:200]
+        line = (str(error).splitlines() or [""])[0][:200]
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
     except Exception:  # somebody else's __str__
         return ""
 
 
 def plain(value: Any) -> Tensor | None:
     """A returned number, array or tensor as a tensor on the CPU; None for anything else."""
-    if isinstance(value, Tensor):
-        tensor = value.detach().as_subclass(Tensor).cpu()
-        return tensor.clone().contiguous() if tensor.is_floating_point() else None
-    if isinstance(value, (float, numpy.ndarray, numpy.floating)):
-        with contextlib.suppress(TypeError):
+    try:
+        if isinstance(value, Tensor):
+            tensor = value.detach().as_subclass(Tensor).cpu()
+            return tensor.clone().contiguous() if tensor.is_floating_point() else None
+        if isinstance(value, (float, numpy.ndarray, numpy.floating)):
             return torch.tensor(numpy.array(value), dtype=torch.float64)
+    except Exception:  # sparse tensors, those of no device, arrays of objects
+        return None
     return None
 
 

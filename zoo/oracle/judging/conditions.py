@@ -27,6 +27,8 @@ class Setting(NamedTuple):
     rewards: str = "spread"
     kl: float = 0.0
     ratio: str = "mean"  # whose ratios the clip is drawn between: mean, sum, guard mean, guard sum
+    spread: float = 0.1  # of log-ratios over the members, about
+    clip: str = "between ratios"  # or "between divergences", or "wide"
     seed: int = 0
 
     def described(self, names: Iterable[str]) -> str:
@@ -122,8 +124,10 @@ def number_axis(name: str) -> Axis:
         return f"{name} = {value:g}"
 
     def ways(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
-        yield from each(values, said)
+        for value in values:
+            yield said(value), is_value(value)
         yield from thresholds(values, identity, name)
+        yield from each(values, said)
 
     return Axis(said, ways)
 
@@ -213,6 +217,16 @@ def ways_of_events(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
     yield from each(values, say_event)
 
 
+def say_rewards(kind: str) -> str:
+    """Equal, with an outlier, or how wide."""
+    return f"rewards of std {kind}" if kind[0].isdigit() else f"{kind} rewards"
+
+
+def ways_of_rewards(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
+    """One kind, or all but one."""
+    yield from each(values, say_rewards)
+
+
 AXES: dict[str, Axis] = {
     "kernel": word_axis("kernel"),
     "k": number_axis("k"),
@@ -224,8 +238,10 @@ AXES: dict[str, Axis] = {
     "groups": number_axis("groups"),
     "start": word_axis("starts:"),
     "policy": word_axis("policy:"),
-    "rewards": word_axis("rewards:"),
+    "rewards": Axis(say_rewards, ways_of_rewards),
     "kl": number_axis("kl"),
+    "spread": number_axis("spread of log-ratios"),
+    "clip": word_axis("clip"),
 }
 
 
@@ -254,7 +270,7 @@ class Condition(NamedTuple):
             left = self.elsewhere[name]
             if len(left) <= len(self.happens[name]):
                 return f"{listed(name, left, self.happens[name])} only"
-        return f"nothing {self.words()}"
+        return f"all but {self.words()}"
 
 
 def listed(name: str, inside: Sequence[Any], outside: Sequence[Any]) -> str:

@@ -18,22 +18,31 @@ from zoo.oracle.judging.advantages import Advantages
 from zoo.oracle.judging.asked import Field
 from zoo.oracle.judging.conditions import Setting
 from zoo.oracle.judging.groups import Group, clip_of, group_of, rollout_of
-from zoo.oracle.judging.levels import DROPPED, Due, process_of, time_rows
+from zoo.oracle.judging.levels import (
+    DROPPED,
+    STATE_ROUNDINGS,
+    Due,
+    process_of,
+    time_rows,
+)
 
 
 class Clip(NamedTuple):
     """How far a ratio may go."""
 
-    kind: str = "as given"  # none, fixed, times, mask
-    low: float = 1.0  # below 1: a number, or times the clip that is given
-    high: float = 1.0
-    threshold: str = ""  # of a mask, in words; its low is a number, or times the clip if high is 1
+    kind: str = "as given"  # none; fixed, times: of other ends; mask, fixed or mask, times
+    low: float = 1.0  # below 1, or the threshold of a mask: a number, or times the clip given
+    high: float = 1.0  # above 1
+    words: str = ""  # the threshold of a mask
 
     def bounds(self, clip: float) -> tuple[float, float]:
         """(lower, upper) end of the range of ratios."""
-        if self.kind == "fixed":
-            return 1 - self.low, 1 + self.high
-        return 1 - self.low * clip, 1 + self.high * clip
+        unit = 1.0 if self.kind == "fixed" else clip
+        return 1 - self.low * unit, 1 + self.high * unit
+
+    def threshold(self, clip: float) -> float:
+        """The KL from which a mask cuts."""
+        return self.low * (clip if self.kind == "mask, times" else 1.0)
 
     def said(self) -> str:
         """In words."""
@@ -41,8 +50,8 @@ class Clip(NamedTuple):
             return f"from 1 - {self.low:.4g} to 1 + {self.high:.4g}, whatever is given"
         if self.kind == "times":
             return f"from 1 - {self.low:.4g} clip to 1 + {self.high:.4g} clip"
-        if self.kind == "mask":
-            return f"a divergence mask (Flow-DPPO): no member with KL >= {self.threshold} moves on"
+        if self.kind.startswith("mask"):
+            return f"a divergence mask (Flow-DPPO), from a KL of {self.words}"
         return self.kind
 
 
@@ -64,6 +73,7 @@ class LossConvention(NamedTuple):
     weights: str = "1 and 1/|S|"
     step_weight: str = "1"
     policy: str = "off"  # "on": velocity_old does not count
+    kl: str = "as the ratio"  # or "mean", or "sum": what the KL is reduced by
 
     def told(self) -> dict[str, str]:
         """In words."""
@@ -77,6 +87,8 @@ class LossConvention(NamedTuple):
             "clip": self.clip.said(),
             "weights": self.weights,
         }
+        if self.kl != "as the ratio":
+            told["KL over dimensions"] = self.kl
         if self.step_weight != "1":
             told["weight of a step"] = self.step_weight
         return told
@@ -86,9 +98,19 @@ RESCALED = "1 and (c_k/c_1)^2/|S|"
 WEIGHTS = ("1 and 1/|S|", RESCALED)
 
 
-def step_weight_of(name: str, setting: Setting, std: Tensor) -> Tensor:
+@functools.cache
+def std_of(setting: Setting) -> Tensor:
+    """c_1, the std of the whole step."""
+    t, s = time_rows(setting, 1)
+    std: Tensor = process_of(pave, setting).coefficients(t, s).std[0]
+    return std
+
+
+def step_weight_of(name: str, setting: Setting) -> Tensor:
     """The factor of a whole step."""
-    D = torch.tensor(setting.times[0] - setting.times[1], dtype=torch.float64)
+    std = std_of(setting)
+    t = torch.tensor(setting.times[0], dtype=torch.float64)
+    D = t - setting.times[1]
     by_name = {
         "1": torch.ones_like(std),
         "std": std,
@@ -98,7 +120,7 @@ def step_weight_of(name: str, setting: Setting, std: Tensor) -> Tensor:
         "std^2": std.square(),
         "sqrt(D)": D.sqrt(),
         "1/sqrt(D)": 1 / D.sqrt(),
-        "t": torch.tensor(setting.times[0], dtype=torch.float64),
+        "t": t,
     }
     return by_name[name]
 
@@ -109,6 +131,7 @@ class Terms(NamedTuple):
     log_ratio: Tensor
     divergence: Tensor  # KL of the update, averaged over dimensions [P, G]
     weight: Tensor
+    std: float
 
 
 def terms_of(
@@ -144,7 +167,7 @@ def terms_of(
             weight = weight / len(setting.factors)
             if convention.weights == RESCALED:
                 weight = weight * (std.flatten()[0] / p_old[1].std.flatten()[0]).square()
-        terms[k] = Terms(log_ratio, squares.detach(), weight)
+        terms[k] = Terms(log_ratio, squares.detach(), weight, std.min().item())
     return terms
 
 
@@ -153,10 +176,9 @@ def surrogate(term: Terms, A: Tensor, clip: Clip, given: float) -> Tensor:
     ratio = term.log_ratio.exp()
     if clip.kind == "none":
         return ratio * A
-    if clip.kind == "mask":
-        threshold = clip.low * (given if clip.high == 1 else 1)
-        away = ((ratio > 1) & (A > 0)) | ((ratio < 1) & (A < 0))
-        masked = away & (term.divergence >= threshold)
+    if clip.kind.startswith("mask"):
+        away = (ratio - 1) * A > 0
+        masked = away & (term.divergence >= clip.threshold(given))
         return torch.where(masked, 0, ratio * A)
     low, high = clip.bounds(given)
     return torch.minimum(ratio * A, ratio.clamp(low, high) * A)
@@ -183,36 +205,53 @@ def flat_gradient(loss: Tensor, field: Field) -> Tensor:
 
 @functools.cache
 def due_under(setting: Setting, convention: LossConvention) -> dict[str, Due]:
-    """The loss and its gradient under a convention, in plain words above."""
+    """The loss and its gradient under a convention."""
     group = group_of(setting)
     new = Field(group.new.w1.detach(), group.new.w2.detach())
     A = convention.advantages.of(group.rewards)
     J = torch.zeros((), dtype=torch.float64)
     size = torch.zeros((), dtype=torch.float64)
-    for term in terms_of(setting, convention, new, group).values():
+    terms = terms_of(setting, convention, new, group)
+    for term in terms.values():
         value = surrogate(term, A, convention.clip, clip_of(setting))
         J = J + term.weight * value.mean()
         size = size + term.weight * (A.abs() * term.log_ratio.exp()).mean().detach()
-    t, s = time_rows(setting, 1)
-    std = process_of(pave, setting).coefficients(t, s).std[0]
-    factor = step_weight_of(convention.step_weight, setting, std)
+    factor = step_weight_of(convention.step_weight, setting)
     loss = -factor * J
     if setting.kl:
-        loss = loss + setting.kl * divergence_of(setting, group, new, convention.reduction)
+        reduction = convention.reduction if convention.kl == "as the ratio" else convention.kl
+        loss = loss + setting.kl * divergence_of(setting, group, new, reduction)
     gradient = flat_gradient(loss, new)
-    # Values of both signs nearly cancel in a loss; its size is that of what is added up.
+    # Values of both signs nearly cancel in a loss; its size is that of what is added up. Rounding
+    # of the states moves (x_s - mean) / std, which all numbers are made of.
+    narrowest = min(term.std for term in terms.values())
+    rounding = STATE_ROUNDINGS * group.x_s.abs().max().item() / narrowest
     return {
-        "loss": Due(loss.detach(), (factor * size).item()),
-        "gradient": Due(gradient),
+        "loss": Due(loss.detach(), (1 + rounding) * (factor * size).item()),
+        "gradient": Due(gradient, rounding * gradient.abs().max().item()),
     }
 
 
 def unit_of(setting: Setting, scale: tuple[str, bool, str]) -> Tensor:
-    """What a mean log-probability with all its parts is multiplied by."""
+    """What a mean log-probability with all its parts is multiplied by.
+
+    scale   its reduction, whether 1/(2 std^2) is dropped, the weight of a step
+    """
     reduction, drops, step_weight = scale
-    t, s = time_rows(setting, 1)
-    std = process_of(pave, setting).coefficients(t, s).std[0]
-    unit = step_weight_of(step_weight, setting, std)
+    unit = step_weight_of(step_weight, setting)
     if drops:
-        unit = unit * 2 * std.square()
+        unit = unit * 2 * std_of(setting).square()
     return unit * (math.prod(setting.event) if reduction == "sum" else 1)
+
+
+@functools.cache
+def log_ratio_gradients(setting: Setting, convention: LossConvention) -> Tensor:
+    """d log-ratio_k of each member by theta, a row for each k and member, in a convention."""
+    group = group_of(setting)
+    new = Field(group.new.w1.detach(), group.new.w2.detach())
+    rows = []
+    for term in terms_of(setting, convention, new, group).values():
+        for log_ratio in term.log_ratio.flatten():
+            parts = torch.autograd.grad(log_ratio, [*new.parameters()], retain_graph=True)
+            rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)

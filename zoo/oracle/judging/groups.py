@@ -16,10 +16,9 @@ from zoo.oracle.judging.conditions import Setting
 from zoo.oracle.judging.levels import field_of, normal, process_of
 
 SPREADS = ("1", "0.01", "0.001", "1e-05", "1e-07", "1e-09")  # the std of rewards, about
-OUTLIERS = ("outlier above", "outlier below")
+OUTLIERS = ("high outlier", "low outlier")
 REWARDS = (*SPREADS, *OUTLIERS, "equal")
 OUTLIER_GROUP = 40  # large enough for |A| > 5
-LOG_RATIO = 0.1  # its std over the members, at most
 
 
 def rewards_of(kind: str, groups: int, size: int, generator: torch.Generator) -> Tensor:
@@ -28,7 +27,7 @@ def rewards_of(kind: str, groups: int, size: int, generator: torch.Generator) ->
     if kind == "equal":
         return torch.full((groups, size), 0.75, dtype=torch.float64)
     if kind in OUTLIERS:
-        sign = 1 if kind == "outlier above" else -1
+        sign = 1 if kind == "high outlier" else -1
         r = 0.01 * z
         r[:, size // 3] += 0.2 * sign
         return r
@@ -68,12 +67,13 @@ def group_of(setting: Setting) -> Group:
     if setting.policy == "on":
         return group
     probe = moved(old, step, 1e-4)
-    # A mean log-ratio falls by D/2 times the square of its spread: less, so that some rise.
-    wanted = LOG_RATIO
-    if setting.ratio.endswith("mean"):
+    wanted = setting.spread
+    if wanted <= 0.1 and setting.ratio.endswith("mean"):
+        # A mean log-ratio falls by D/2 times the square of its spread: less, so that some rise.
         wanted = min(wanted, 0.5 / math.prod(setting.event))
     with torch.no_grad():
-        spread = log_ratio_between(setting, group, probe).std().item()
+        log_ratios = log_ratios_between(setting, group, probe)
+        spread = max(log_ratio.std().item() for log_ratio in log_ratios.values())
     size = min(0.3, 1e-4 * wanted / max(spread, 1e-12))
     return group._replace(new=moved(old, step, size))
 
@@ -95,51 +95,53 @@ def rollout_of(setting: Setting, group: Group, module: ModuleType = pave) -> Any
     return module.Rollout(process, (0,), group.x_t, group.x_s, unused, group.x_s)
 
 
-def log_ratio_between(setting: Setting, group: Group, new: Field) -> Tensor:
-    """log p_new(x_s|x_t) - log p_old of the sampled step, reduced as the setting says."""
+def log_ratios_between(setting: Setting, group: Group, new: Field) -> dict[int, Tensor]:
+    """log p^(k)_new(x_s|x_t) - log p^(k)_old of every k, reduced as the setting says."""
     rollout = rollout_of(setting, group)
     reduction = setting.ratio.split()[-1]
-    p_new, p_old = (pave.rescore(field, rollout, ())[1] for field in (new, group.old))
-    log_ratio = p_new.log_prob(group.x_s, reduction) - p_old.log_prob(group.x_s, reduction)
-    if setting.ratio.startswith("guard"):
-        delta = p_new.mean - p_old.mean
-        return pave.normalised_log_ratio(log_ratio, delta, p_new.std, reduction)
-    return log_ratio
+    p_new, p_old = (pave.rescore(field, rollout, setting.factors) for field in (new, group.old))
+    log_ratios = {}
+    for k in p_new:
+        log_prob = p_new[k].log_prob(group.x_s, reduction)
+        log_ratios[k] = log_prob - p_old[k].log_prob(group.x_s, reduction)
+        if setting.ratio.startswith("guard"):
+            delta = p_new[k].mean - p_old[k].mean
+            log_ratios[k] = pave.normalised_log_ratio(log_ratios[k], delta, p_new[k].std, reduction)
+    return log_ratios
+
+
+def divergences(setting: Setting, group: Group) -> Tensor:
+    """|mu - mu_old|^2 / (2 c_1^2) of the sampled step, averaged over dimensions, of each member."""
+    rollout = rollout_of(setting, group)
+    p_new, p_old = (pave.rescore(field, rollout, ())[1] for field in (group.new, group.old))
+    squares = (p_new.mean - p_old.mean).square().flatten(3).mean(-1)
+    return (squares / (2 * p_new.std.square())).flatten()
 
 
 @functools.cache
 @torch.no_grad()
 def clip_of(setting: Setting) -> float:
-    """A clip that cuts about half of the members that it can, and lies in a gap of the ratios."""
+    """A clip, below 1: in a gap of the ratios or divergences, so that it cuts some, or wide."""
     group = group_of(setting)
     generator = torch.Generator().manual_seed(setting.seed + 1)
-    if setting.policy == "on":
-        return 0.05 + 0.3 * torch.rand((), generator=generator).item()
-    rollout = rollout_of(setting, group)
-    reduction = setting.ratio.split()[-1]
-    distances = []
-    new, old = (pave.rescore(z, rollout, setting.factors) for z in (group.new, group.old))
-    for k in new:
-        log_ratio = new[k].log_prob(group.x_s, reduction) - old[k].log_prob(group.x_s, reduction)
-        if setting.ratio.startswith("guard"):
-            delta = new[k].mean - old[k].mean
-            log_ratio = pave.normalised_log_ratio(log_ratio, delta, new[k].std, reduction)
-        distances.append((log_ratio.exp() - 1).abs().flatten())
-    inner = torch.cat(distances).sort().values
-    inner = inner[len(inner) // 4 : max(len(inner) // 4 + 2, len(inner) * 3 // 4)]
+    if setting.policy == "on" or setting.clip == "wide":
+        return 0.5 + 0.4 * torch.rand((), generator=generator).item()
+    if setting.clip == "between divergences":
+        return gap_in(divergences(setting, group))
+    log_ratios = log_ratios_between(setting, group, group.new).values()
+    return gap_in(torch.cat([(z.exp() - 1).abs().flatten() for z in log_ratios]))
+
+
+def gap_in(numbers: Tensor) -> float:
+    """The middle of the widest gap among the inner half of the numbers that are below 0.9.
+
+    Where they are all alike, as the KL of members that leave one state are: nine tenths of them.
+    """
+    low = numbers[numbers < 0.9].sort().values
+    if len(low) < 2:
+        return 0.9
+    inner = low[len(low) // 4 : max(len(low) // 4 + 2, len(low) * 3 // 4)]
+    if inner[-1] < 1.001 * inner[0]:
+        return 0.9 * inner[0].item()
     widest = (inner[1:] / inner[:-1].clamp(min=1e-12)).argmax()
     return ((inner[widest] + inner[widest + 1]) / 2).item()
-
-
-@functools.cache
-def log_prob_gradients(setting: Setting) -> Tensor:
-    """d log p^(k)(x_s^i) / d theta, averaged over dimensions: one row for each k and member."""
-    group = group_of(setting)
-    new = Field(group.new.w1.detach(), group.new.w2.detach())
-    transitions = pave.rescore(new, rollout_of(setting, group), setting.factors)
-    rows = []
-    for p in transitions.values():
-        for log_prob in p.log_prob(group.x_s).flatten():
-            parts = torch.autograd.grad(log_prob, [*new.parameters()], retain_graph=True)
-            rows.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(rows)

@@ -164,7 +164,7 @@ class LossLevel(Level):
 
     def __init__(self, parameters: dict[str, Any], generator: torch.Generator):
         super().__init__(parameters, generator)
-        self.seeds = [draw_seed(generator) for _ in range(20)]
+        self.seeds = [draw_seed(generator) for _ in range(60)]
         one = [] if "prompt" in parameters else ["several groups", "std of the batch"]
         kl = [] if "kl" in parameters else ["KL"]
         self.unobservable = ("constants", "g or std", *one, *kl)  # type: ignore[misc]
@@ -180,6 +180,8 @@ class LossLevel(Level):
             "rows": (8, 5, 7),
             "start": ("own", "shared"),
             "rewards": ("1", "0.001", "equal"),
+            "spread": (0.1, 0.4),
+            "clip": ("between ratios", "between divergences", "wide"),
         }
         if "prompt" in self.parameters:
             axes["groups"] = (1, 2, 3)
@@ -262,7 +264,7 @@ def due_by(module: ModuleType, setting: Setting, convention: LossConvention) -> 
         "factors": setting.factors,
         "form": convention.form,
         "reduction": convention.reduction,
-        "clip": None if convention.clip.kind in ("none", "mask") else clip_of(setting),
+        "clip": clip_of(setting) if convention.clip.kind == "as given" else None,
         "ratio_norm": convention.ratio != "plain",
     }
     if setting.kl:

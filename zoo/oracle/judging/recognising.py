@@ -12,12 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import pave_grpo as pave
 from zoo.oracle.judging import advantages as reading
 from zoo.oracle.judging.advantages import Reading
 from zoo.oracle.judging.conditions import Setting
@@ -28,6 +27,7 @@ from zoo.oracle.judging.conventions import (
     Clip,
     LossConvention,
     due_under,
+    log_ratio_gradients,
     step_weight_of,
     terms_of,
     unit_of,
@@ -38,7 +38,6 @@ from zoo.oracle.judging.groups import (
     SPREADS,
     clip_of,
     group_of,
-    log_prob_gradients,
 )
 from zoo.oracle.judging.levels import (
     TOLERANCES,
@@ -49,8 +48,6 @@ from zoo.oracle.judging.levels import (
     Recognised,
     close,
     precision_of,
-    process_of,
-    time_rows,
 )
 
 
@@ -62,30 +59,35 @@ class Recogniser:
         self.seeds = seeds
         self.ask = ask
         self.reads_advantages = False
-        self.ratio = "mean"  # whose ratios the clips of experiments are drawn between
-        answered = [case for case in cases if case.values is not None]
-        self.answered = answered
-        self.kernels = [*dict.fromkeys(case.setting.kernel for case in answered)]
-        sets = {case.setting.factors for case in answered}
+        self.answered = [case for case in cases if case.values is not None]
+        settings = [case.setting for case in self.answered]
+        self.kernels = [*dict.fromkeys(setting.kernel for setting in settings)]
+        self.events = sorted({setting.event for setting in settings}, key=math.prod)
+        self.policies = {setting.policy for setting in settings}
+        sets = {setting.factors for setting in settings}
         self.plain = () if () in sets else min(sets, key=len)
-        self.events = [*dict.fromkeys(case.setting.event for case in answered)]
-        self.policies = {case.setting.policy for case in answered}
 
-    def setting(self, seed: int, **own: Any) -> Setting:
-        """An experiment of a kind that was answered, own states, eight members."""
-        event = (6,) if (6,) in self.events else max(self.events, key=math.prod)
-        usual: dict[str, Any] = {
-            "kernel": self.kernels[0],
-            "factors": self.plain,
-            "event": event,
-            "rows": 8,
-        }
-        usual |= {"rewards": "1", "times": self.axes["times"][0], "eta": 0.7}
-        usual |= {"ratio": self.ratio, "policy": "off" if "off" in self.policies else "on"}
-        return Setting(**(usual | own), seed=self.seeds[seed])
+    def experiment(self, number: int, **own: Any) -> Setting:
+        """A question of a kind that was answered: own states, eight members, before an update."""
+        usual = Setting(
+            kernel=self.kernels[0],
+            factors=self.plain,
+            times=self.axes["times"][0],
+            event=(6,) if (6,) in self.events else self.events[-1],
+            rows=8,
+            policy="on" if "on" in self.policies else "off",
+            rewards="1",
+            seed=self.seeds[number % len(self.seeds)],
+        )
+        return usual._replace(**own)
+
+    def long_step(self) -> tuple[float, float]:
+        """Another step than that of most experiments."""
+        times: tuple[float, float] = self.axes["times"][min(3, len(self.axes["times"]) - 1)]
+        return times
 
     def agreements(self, settings: Iterable[Setting], convention: LossConvention) -> int:
-        """How many experiments it explains; one with no answer counts for nobody."""
+        """How many experiments it explains."""
         count = 0
         for setting in settings:
             values = self.ask(setting).values
@@ -93,320 +95,321 @@ class Recogniser:
                 count += 1
         return count
 
-    def best_of(
+    def first_of(
         self, settings: Sequence[Setting], options: Iterable[LossConvention]
     ) -> tuple[LossConvention | None, bool]:
         """(the first convention that explains most experiments, does it explain all?)."""
-        answered = [z for z in settings if self.ask(z).values is not None]
-        best: tuple[int, LossConvention | None] = (0, None)
+        answered = [setting for setting in settings if self.ask(setting).values is not None]
+        most = 0
+        chosen: LossConvention | None = None
         for convention in options:
             count = self.agreements(answered, convention)
-            if count > best[0]:
-                best = count, convention
+            if count > most:
+                most, chosen = count, convention
             if count == len(answered):
                 break
-        return best[1], best[0] == len(answered) > 0
+        return chosen, most == len(answered) > 0
 
     def found(self) -> Recognised:
         """One choice after another; what cannot be explained keeps its usual value."""
-        convention, scales = self.read_advantages()
-        convention = self.read_half_squares(convention, scales)
+        convention = self.read_half_squares(self.read_advantages())
         convention = self.read_ratios(convention)
         convention = self.read_weights(convention)
-        scope = []
-        if convention.policy == "on" and "off" in self.policies:
-            scope.append("on policy only: velocity_old does not count, every ratio is 1")
+        convention = self.read_kl(convention)
         told = convention.told()
+        if not self.reads_advantages:
+            told |= dict.fromkeys(("std", "eps", "clamp"), "not recognised")
         if self.plain == () and not any(case.setting.factors for case in self.answered):
             told |= dict.fromkeys(("form", "weights"), "not observable without k-terms")
-        if convention.policy == "on" or "off" not in self.policies:
-            for name in ("clip", "ratio"):
-                told[name] = "not observable on policy"
+        scope = []
+        if convention.policy == "on":
+            told |= dict.fromkeys(("clip", "ratio"), "not observable on policy")
+            if "off" in self.policies:
+                scope.append("on policy only: velocity_old does not count, every ratio is 1")
         return Recognised(convention, told, tuple(scope))
 
     # -- advantages: the numbers before an update --------------------------------------------------
 
     def decoded(self, setting: Setting, convention: LossConvention) -> Tensor | None:
-        """c_i G of the k = 1 term [P, G], from the gradient; None where there are no such numbers.
+        """[P, G], the numbers c_i G with which gradients of the k = 1 log-ratios make up theirs.
 
-        Before an update, or where velocity_old does not count, it is A_i times what a
-        log-probability is multiplied by.
+        Before an update, and where velocity_old does not count, they are A_i times what the
+        convention does not multiply a log-ratio by. None where there are no such numbers.
         """
         values = self.ask(setting).values
-        if values is None:
+        if values is None or not bool(values["gradient"].isfinite().all()):
             return None
-        jacobian = log_prob_gradients(setting)
-        gradient = values["gradient"]
-        if not bool(gradient.isfinite().all()):
-            return None
-        solution = torch.linalg.lstsq(jacobian.T, -gradient[:, None], driver="gelsd").solution[:, 0]
-        rest = (jacobian.T @ solution + gradient).norm()
-        if not rest <= 1e-5 * gradient.norm() + 1e-14:
+        gradient = values["gradient"][:, None]
+        rows = log_ratio_gradients(setting, convention._replace(clip=Clip("none")))
+        solution = torch.linalg.lstsq(rows.T, -gradient, driver="gelsd").solution
+        if not (rows.T @ solution + gradient).norm() <= 1e-5 * gradient.norm() + 1e-14:
             return None
         members = setting.groups * setting.rows
-        return solution[:members].reshape(setting.groups, setting.rows) * members
+        return solution[:members, 0].reshape(setting.groups, setting.rows) * members
 
-    def read_advantages(self) -> tuple[LossConvention, tuple[str, bool, str]]:
-        """How rewards become advantages, with (reduction, drops 1/(2 std^2)?, weight of a step)."""
-        default = LossConvention(), ("mean", False, "1")
-        on = "on" if "on" in self.policies else "off"
-        settings = [self.setting(i, rewards=kind, policy=on) for i, kind in enumerate(SPREADS)]
+    def read_advantages(self) -> LossConvention:
+        """How rewards become advantages, with a reduction and a weight of steps that fit."""
+        settings = [self.experiment(i, rewards=kind) for i, kind in enumerate(SPREADS)]
         for i, kind in enumerate(OUTLIERS):
-            settings.append(self.setting(6 + i, rewards=kind, rows=OUTLIER_GROUP, policy=on))
+            settings.append(self.experiment(6 + i, rewards=kind, rows=OUTLIER_GROUP))
         if "groups" in self.axes:
-            settings += [self.setting(8, groups=3, policy=on), self.setting(9, groups=2, policy=on)]
-        read = []
-        for setting in settings:
-            numbers = self.decoded(setting, LossConvention())
-            if numbers is not None:
-                read.append((setting, numbers))
-        if not read:
-            return default
-        for some in (read, [pair for pair in read if pair[0].rows == 8], read[:1]):
-            for precision in (1e-9, reading.READING, 3e-6):
-                for scale in product(("mean", "sum"), (False, True), STEP_WEIGHTS):
-                    readings = [
-                        Reading(group_of(z).rewards, A / unit_of(z, scale), precision)
-                        for z, A in some
-                    ]
-                    found = reading.recognise(readings) if readings else None
-                    if found:
-                        self.reads_advantages = True
-                        return LossConvention(scale[0], (), found), scale
-        return default
+            settings += [self.experiment(8, groups=3), self.experiment(9, groups=2)]
+        plain = LossConvention()
+        decoded = [(setting, self.decoded(setting, plain)) for setting in settings]
+        read = [(setting, numbers) for setting, numbers in decoded if numbers is not None]
+        small = [pair for pair in read if pair[0].rows == 8]
+        # What is usual, from fewer groups if not from all; then what is not, from all alone.
+        for pairs, usual in ((read, True), (small, True), (read[:1], True), (read, False)):
+            for precision, scale in product((1e-9, reading.READING, 3e-6), UNITS):
+                readings = []
+                for setting, numbers in pairs:
+                    A = numbers / unit_of(setting, scale)
+                    readings.append(Reading(group_of(setting).rewards, A, precision))
+                found = reading.recognise(readings, usual)
+                if found:
+                    self.reads_advantages = True
+                    return LossConvention(scale[0], (), found, step_weight=scale[2])
+        return plain
 
-    def read_half_squares(
-        self, convention: LossConvention, scale: tuple[str, bool, str]
-    ) -> LossConvention:
-        """The kernels that drop 1/(2 std^2), and the weight of a step, which all share."""
-        on = "on" if "on" in self.policies else "off"
-        other = self.axes["times"][-1 if len(self.axes["times"]) < 4 else 3]
-        best: tuple[int, LossConvention] = (-1, convention)
+    def read_half_squares(self, convention: LossConvention) -> LossConvention:
+        """The kernels that drop 1/(2 std^2), and what all share: reduction and weight of a step."""
+        most, chosen = -1, convention
         for reduction, step_weight in product(("mean", "sum"), STEP_WEIGHTS):
+            shared = convention._replace(reduction=reduction, step_weight=step_weight)
             dropping, explained = [], 0
             for kernel in self.kernels:
-                for drops in (False, True):
-                    own = (kernel,) if drops else ()
-                    option = convention._replace(
-                        reduction=reduction, step_weight=step_weight, no_half_square=own
-                    )
-                    settings = [
-                        self.setting(10, kernel=kernel, policy=on),
-                        self.setting(11, kernel=kernel, policy=on, times=other),
-                    ]
-                    if self.on_policy_gradients_agree(settings, option):
-                        explained += 1
-                        dropping += [kernel] if drops else []
-                        break
-            if explained > best[0]:
-                option = convention._replace(
-                    reduction=reduction, step_weight=step_weight, no_half_square=tuple(dropping)
-                )
-                best = explained, option
-        self.ratio = best[1].reduction
-        return best[1]
+                settings = [
+                    self.experiment(10, kernel=kernel),
+                    self.experiment(11, kernel=kernel, times=self.long_step()),
+                ]
+                keeps = self.numbers_are_advantages(settings, shared)
+                drops = shared._replace(no_half_square=(kernel,))
+                if keeps or self.numbers_are_advantages(settings, drops):
+                    explained += 1
+                    dropping += [] if keeps else [kernel]
+            if explained > most:
+                most, chosen = explained, shared._replace(no_half_square=tuple(dropping))
+        return chosen
 
-    def on_policy_gradients_agree(self, settings: Sequence[Setting], c: LossConvention) -> bool:
-        """Are the numbers before an update those of the convention?"""
+    def numbers_are_advantages(
+        self, settings: Sequence[Setting], convention: LossConvention
+    ) -> bool:
+        """Before an update, with the convention's weight of a step."""
         count = 0
         for setting in settings:
-            numbers = self.decoded(setting, c)
-            if numbers is None:
-                continue
-            count += 1
-            drops = setting.kernel in c.no_half_square
-            A = c.advantages.of(group_of(setting).rewards)
-            expected = A * unit_of(setting, (c.reduction, drops, c.step_weight))
-            if not close(numbers, Due(expected), 10 * TOLERANCES["float32"]):
-                return False
+            numbers = self.decoded(setting, convention)
+            if numbers is not None:
+                count += 1
+                A = convention.advantages.of(group_of(setting).rewards)
+                due = Due(A * step_weight_of(convention.step_weight, setting))
+                if not close(numbers, due, 10 * TOLERANCES["float32"]):
+                    return False
         return count > 0
 
     # -- ratios and clip: the numbers after it -----------------------------------------------------
+
+    def updates(self, ratio: str, many: int = 1) -> list[Setting]:
+        """Experiments after an update: small and large, with a clip that cuts some, all, nobody."""
+        drawn: list[Setting] = []
+        for i, kernel in product(range(many), self.kernels):
+            for j in range(6):
+                one = self.experiment(12 + 6 * i + j, kernel=kernel, policy="off", ratio=ratio)
+                eta = self.axes["eta"][i % len(self.axes["eta"])]
+                one = one._replace(eta=eta if i else one.eta)
+                if j == 1:
+                    one = one._replace(rows=7, times=self.long_step())
+                if j >= 3:
+                    one = one._replace(spread=0.4, event=self.events[0])
+                clip = (BETWEEN, BETWEEN, "between divergences")[j % 3]
+                drawn.append(one._replace(clip="wide" if j == 5 else clip))
+        return drawn
 
     def read_ratios(self, convention: LossConvention) -> LossConvention:
         """Does velocity_old count, which ratio is it, and what cuts it?"""
         if "off" not in self.policies:
             return convention._replace(policy="on")
-        settings = [self.setting(12 + i, kernel=kernel) for i, kernel in enumerate(self.kernels)]
-        settings.append(
-            self.setting(15, times=self.axes["times"][-1 if len(self.axes["times"]) < 4 else 3])
-        )
-        wide = [setting._replace(rows=7) for setting in settings]
-        plain = convention._replace(clip=Clip("none"))
-        options = [
-            convention,
-            plain,
-            convention._replace(policy="on", clip=Clip("none")),
-        ]
-        both = [*settings, *wide]
-        simple, explained = self.best_of(both, options)
+        settings = self.updates(convention.reduction)
+        no_clip = convention._replace(clip=Clip("none"))
+        options = [convention, no_clip, no_clip._replace(policy="on")]
+        simple, explained = self.first_of(settings, options)
         if explained and simple:
             return simple
-        guard, guarded = self.read_guard(convention)
-        if guarded and guard:
-            return guard
-        many = [*both, *self.more_clips()]
-        clips = self.other_clips(many, convention)
-        other, explained = self.best_of(many, (convention._replace(clip=clip) for clip in clips))
-        if explained and other:
-            return other
-        # None explains all: the one that explains most of its own experiments.
-        counts = {
-            option: self.agreements(both, option) for option in (simple, guard, other) if option
-        }
-        chosen = max(counts, key=lambda option: counts[option]) if counts else convention
-        if chosen == guard:
-            self.ratio = f"guard {convention.reduction}"
-        return chosen
+        candidates = [simple] if simple else []
+        for ratio, option in self.ratios_of(convention):
+            found, explained = self.other_clip(ratio, option)
+            if explained and found:
+                return found
+            candidates += [found] if found else []
+        counts = [self.agreements(settings, option) for option in candidates]
+        return candidates[counts.index(max(counts))] if candidates else convention
 
-    def read_guard(self, convention: LossConvention) -> tuple[LossConvention | None, bool]:
-        """GRPO-Guard's ratio, whose step weighs std as much: with or without a division by D."""
-        if convention.step_weight not in ("std", "std/D"):
+    def other_clip(
+        self, ratio: str, convention: LossConvention
+    ) -> tuple[LossConvention | None, bool]:
+        """Of this ratio: the clip given, none, or as members that are cut tell it."""
+        settings = self.updates(ratio, MANY)
+        if ratio == "mean":
+            settings += self.answered_plainly()
+        few = settings[:: 1 + len(settings) // FEW]
+        groups = [group for z in settings if (group := self.cut_group(z, convention))]
+        # With no such groups there is nothing to read, and a range of other ends explains nothing.
+        clips = [Clip(), Clip("none")]
+        if 2 * len(groups) > len(settings) // len(self.kernels):
+            clips += clips_of(groups)
+            for kernel in self.kernels if len(self.kernels) > 1 else ():
+                clips += clips_of([group for group in groups if group.kernel == kernel])
+        options = [convention._replace(clip=clip) for clip in dict.fromkeys(clips)]
+        promising, _ = self.first_of(few, options)
+        if promising is None:
             return None, False
-        ratio = f"guard {convention.reduction}"
-        settings = [
-            self.setting(12 + i, kernel=kernel, ratio=ratio)
-            for i, kernel in enumerate(self.kernels)
-        ]
-        step_weight = "1/D" if convention.step_weight == "std/D" else "1"
-        guard = convention._replace(ratio="GRPO-Guard's", step_weight=step_weight)
-        found, explained = self.best_of(settings, [guard, guard._replace(clip=Clip("none"))])
-        if explained:
-            self.ratio = ratio
-        return found, explained
+        counts = {option: self.agreements(few, option) for option in options}
+        best = [option for option in options if counts[option] == counts[promising]]
+        return self.first_of(settings, best)
 
-    def more_clips(self) -> list[Setting]:
-        """Experiments enough to tell where a range of ratios ends, and all that were answered."""
-        drawn = []
-        for i, kernel in product(range(len(self.seeds)), self.kernels):
-            drawn.append(
-                self.setting(
-                    i, kernel=kernel, rows=7, eta=self.axes["eta"][i % len(self.axes["eta"])]
-                )
-            )
-        plain = [case.setting for case in self.answered if case.setting.factors == self.plain]
-        return [*drawn, *[z for z in plain if z.start == "own" and z.policy == "off"]]
+    def ratios_of(self, convention: LossConvention) -> list[tuple[str, LossConvention]]:
+        """(whose ratios clips are drawn between, the convention): plain, and GRPO-Guard's.
 
-    def other_clips(
-        self, settings: Sequence[Setting], convention: LossConvention
-    ) -> Iterable[Clip]:
-        """Ranges of other ends, and a mask, as far as the experiments tell them."""
-        subsets = [settings]
-        subsets += [[z for z in settings if z.kernel == kernel] for kernel in self.kernels]
-        for some in subsets:
-            ends = self.ends_of(some, convention)
-            if ends:
-                (low, high), (low_times, high_times) = ends
-                yield Clip("times", low_times, high_times)
-                yield Clip("fixed", low, high)
-            yield from self.masks_of(some, convention)
-
-    def ends_of(
-        self, settings: Sequence[Setting], convention: LossConvention
-    ) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """(low, high) as numbers and as multiples of the clip, from what is left of cut members.
-
-        The loss of a group is known but for the members that are cut: their A adds up to
-        (1 + high) sum A above and (1 - low) sum A below. Each group gives one equation.
+        A step of the latter weighs std as much before an update, with or without a division by D.
         """
-        fixed, times, rest = [], [], []
-        free = convention._replace(clip=Clip("none"))
-        for setting in settings:
-            values = self.ask(setting).values
-            kept = self.kept_members(setting, free)
-            if values is None or kept is None or not bool(values["loss"].isfinite()):
-                continue
-            group = group_of(setting)
-            A = convention.advantages.of(group.rewards)
-            term = terms_of(setting, free, group.new, group)[1]
-            ratio = term.log_ratio.detach().exp()
-            t, s = time_rows(setting, 1)
-            std = process_of(pave, setting).coefficients(t, s).std[0]
-            factor = step_weight_of(convention.step_weight, setting, std)
-            left = -values["loss"] / factor * A.numel() - (ratio * A)[kept].sum()
-            above, below = A[~kept & (A > 0)].sum(), A[~kept & (A < 0)].sum()
-            clip = clip_of(setting)
-            fixed.append([above.item(), -below.item()])
-            times.append([above.item() * clip, -below.item() * clip])
-            rest.append((left - above - below).item())
-        if not rest or len(self.plain) > 0:
-            return None
-        ends = []
-        for equations in (fixed, times):
-            matrix = torch.tensor(equations, dtype=torch.float64)
-            due = torch.tensor(rest, dtype=torch.float64)[:, None]
-            high, low = torch.linalg.lstsq(matrix, due, driver="gelsd").solution[:, 0].tolist()
-            ends.append((low, high))
-        return ends[0], ends[1]
+        pairs = [(convention.reduction, convention)]
+        if convention.step_weight in ("std", "std/D"):
+            step_weight = "1/D" if convention.step_weight == "std/D" else "1"
+            guard = convention._replace(ratio="GRPO-Guard's", step_weight=step_weight)
+            pairs.insert(0, (f"guard {convention.reduction}", guard))
+        return pairs
 
-    def kept_members(self, setting: Setting, free: LossConvention) -> Tensor | None:
-        """[P, G]: whose number is that of an uncut ratio; None where one is neither that nor 0."""
+    def answered_plainly(self) -> list[Setting]:
+        """What was answered without k-terms after an update, from states of their own."""
+        settings = [case.setting for case in self.answered]
+        own = [
+            setting for setting in settings if setting.start == "own" and setting.policy == "off"
+        ]
+        return [setting for setting in own if setting.factors == self.plain]
+
+    def cut_group(self, setting: Setting, convention: LossConvention) -> CutGroup | None:
+        """Who was cut, where every member's number is that of an uncut ratio, or 0; else None."""
+        free = convention._replace(clip=Clip("none"))
         numbers = self.decoded(setting, free)
-        if numbers is None or setting.factors:
+        values = self.ask(setting).values
+        if numbers is None or values is None or setting.factors:
+            return None
+        if not bool(values["loss"].isfinite()):
             return None
         group = group_of(setting)
         A = free.advantages.of(group.rewards)
-        ratio = terms_of(setting, free, group.new, group)[1].log_ratio.detach().exp()
-        drops = setting.kernel in free.no_half_square
-        expected = ratio * A * unit_of(setting, (free.reduction, drops, free.step_weight))
+        term = terms_of(setting, free, group.new, group)[1]
+        ratio = term.log_ratio.detach().exp()
+        weight = step_weight_of(free.step_weight, setting)
+        expected = ratio * A * weight
         size = 1e-4 * expected.abs().max()
         kept = (numbers - expected).abs() <= size
-        cut = numbers.abs() <= size
-        return kept if bool((kept | cut).all()) else None
+        if not bool((kept | (numbers.abs() <= size)).all()):
+            return None
+        clip = clip_of(setting)
+        J = -values["loss"] / weight
+        return CutGroup(setting.kernel, A, ratio, term.divergence, kept, J, clip)
 
-    def masks_of(self, settings: Sequence[Setting], convention: LossConvention) -> Iterable[Clip]:
-        """Thresholds that tell masked members from others: as numbers, and as parts of the clip."""
-        free = convention._replace(clip=Clip("none"))
-        masked: list[tuple[float, float]] = []
-        passed: list[tuple[float, float]] = []
-        for setting in settings:
-            kept = self.kept_members(setting, free)
-            if kept is None:
-                continue
-            group = group_of(setting)
-            A = convention.advantages.of(group.rewards)
-            term = terms_of(setting, free, group.new, group)[1]
-            ratio = term.log_ratio.detach().exp()
-            away = ((ratio > 1) & (A > 0)) | ((ratio < 1) & (A < 0))
-            for is_kept, far, size in zip(
-                kept.flatten(), away.flatten(), term.divergence.flatten().tolist(), strict=True
-            ):
-                pair = (size, size / clip_of(setting))
-                if not is_kept:
-                    masked.append(pair)
-                elif far:
-                    passed.append(pair)
-        for i, high in ((1, 1.0), (0, 0.0)):
-            above = min((pair[i] for pair in masked), default=math.inf)
-            below = max((pair[i] for pair in passed), default=0.0)
-            if below < above < math.inf:
-                is_clip = i == 1 and below < 1 <= above
-                usual = [z for z in USUAL_THRESHOLDS if i == 0 and below < z <= above]
-                if usual:
-                    yield Clip("mask", usual[0], high, f"{usual[0]:g}")
-                    continue
-                threshold = f"{below:.3g} to {above:.3g}" + (" times clip" if i == 1 else "")
-                middle = 1.0 if is_clip else (below + above) / 2
-                yield Clip("mask", middle, high, "clip" if is_clip else threshold)
-
-    # -- weights and form: several terms -----------------------------------------------------------
+    # -- weights and form: several terms; and the KL -----------------------------------------------
 
     def read_weights(self, convention: LossConvention) -> LossConvention:
-        """How k-terms are scored and weighed."""
-        sets = [z for z in ((2,), (2, 3), (3,), (2, 5, 7)) if self.is_answered(z)]
-        if not sets:
-            return convention
+        """How k-terms are scored and weighed; as usual, where nothing explains them."""
+        answered = {case.setting.factors for case in self.answered}
+        sets = [z for z in ((2,), (2, 3), (3,), (2, 5, 7)) if z in answered]
         settings = []
         for i, factors in enumerate(sets[:2]):
             for kernel in self.kernels:
-                settings.append(self.setting(16 + i, factors=factors, kernel=kernel))
-        options = [
-            convention._replace(form=form, weights=weights)
-            for form, weights in product(("paper", "matched"), WEIGHTS)
-        ]
-        found, _ = self.best_of(settings, options)
+                off = {"policy": "off", "ratio": convention.reduction}
+                how = off if "off" in self.policies else {}
+                settings.append(self.experiment(16 + i, factors=factors, kernel=kernel, **how))
+        options = []
+        for form, weights in product(("paper", "matched"), WEIGHTS):
+            options.append(convention._replace(form=form, weights=weights))
+        found, explained = self.first_of(settings, options)
+        return found if found and explained else convention
+
+    def read_kl(self, convention: LossConvention) -> LossConvention:
+        """What the KL is reduced by, where there is one."""
+        settings = []
+        if "kl" in self.axes:
+            for kernel in self.kernels:
+                settings.append(self.experiment(18, kernel=kernel, kl=1.0))
+        options = [convention._replace(kl=kl) for kl in ("as the ratio", "mean", "sum")]
+        found, _ = self.first_of(settings, options)
         return found or convention
 
-    def is_answered(self, factors: tuple[int, ...]) -> bool:
-        """Was a question with this S answered?"""
-        return any(case.setting.factors == factors for case in self.answered)
+
+MANY = 6  # groups of each kind and kernel, for what a few do not tell
+FEW = 24  # experiments that choose among clips before all of them do
+BETWEEN = Setting().clip  # ratios
+UNITS = [*product(("mean", "sum"), (False, True), STEP_WEIGHTS)]
+
+
+class CutGroup(NamedTuple):
+    """A group after an update: advantages, ratios and KL [P, G], and who was not cut."""
+
+    kernel: str
+    A: Tensor
+    ratio: Tensor
+    divergence: Tensor
+    kept: Tensor
+    J: Tensor  # mean of the members' terms
+    clip: float  # that was given
+
+
+def clips_of(groups: Sequence[CutGroup]) -> list[Clip]:
+    """Ranges of other ends, and masks, that these groups may have been cut by."""
+    clips = []
+    for kind in ("times", "fixed"):
+        ends = ends_of(groups, kind)
+        if ends:
+            clips.append(Clip(kind, *ends))
+    return [*clips, *masks_of(groups)]
+
+
+def ends_of(groups: Sequence[CutGroup], kind: str) -> tuple[float, float] | None:
+    """(low, high) of a range of ratios, as numbers ("fixed") or multiples of the clip ("times").
+
+    What the members that are cut leave in a loss is (1 + high) sum A of those above and (1 - low)
+    sum A of those below: each group gives one equation. An end that nobody shows is as usual.
+    """
+    equations, left = [], []
+    for group in groups:
+        cut = ~group.kept
+        above = group.A[cut & (group.A > 0)].sum()
+        below = group.A[cut & (group.A < 0)].sum()
+        rest = group.J * group.A.numel() - (group.ratio * group.A)[group.kept].sum() - above - below
+        unit = group.clip if kind == "times" else 1.0
+        equations.append([unit * -below.item(), unit * above.item()])
+        left.append([rest.item()])
+    if not equations:
+        return None
+    matrix = torch.tensor(equations, dtype=torch.float64)
+    seen = matrix.abs().sum(0) > 0
+    solution = torch.linalg.lstsq(
+        matrix, torch.tensor(left, dtype=torch.float64), driver="gelsd"
+    ).solution[:, 0]
+    low, high = torch.where(seen, solution, solution[seen].mean() if seen.any() else 1.0).tolist()
+    return low, high
+
+
+def masks_of(groups: Sequence[CutGroup]) -> Iterable[Clip]:
+    """Thresholds that tell masked members from others: as parts of the clip, or as numbers."""
+    for kind in ("times", "fixed"):
+        below, above = 0.0, math.inf
+        for group in groups:
+            sizes = group.divergence / (group.clip if kind == "times" else 1.0)
+            away = (group.ratio - 1) * group.A > 0
+            passed = sizes[group.kept & away]
+            masked = sizes[~group.kept]
+            below = max([below, *passed.tolist()])
+            above = min([above, *masked.tolist()])
+        if not below < above < math.inf:
+            continue
+        if kind == "times":
+            usual = 1.0 if below < 1 <= above else None
+            words = f"{below:.3g} to {above:.3g} times the clip" if usual is None else "the clip"
+        else:
+            usual = next((z for z in USUAL_THRESHOLDS if below < z <= above), None)
+            words = f"{below:.3g} to {above:.3g}" if usual is None else f"{usual:g}"
+        threshold = (below + above) / 2 if usual is None else usual
+        yield Clip(f"mask, {kind}", threshold, threshold, words)
