@@ -368,6 +368,21 @@ def test_the_smallest_condition_is_named(happens, start, words, scope):
     assert found.covers(setting)
 
 
+def test_a_condition_is_as_wide_as_all_that_was_seen():
+    """One start may show too little: what else was seen to happen belongs to it."""
+    setting = Setting(kernel="dance", k=3, times=(0.5, 0.25))
+    found = conditions.condition_of(setting, lambda z: z == setting, VALUES)
+    assert "kernel dance" in found.words() and "k = 3" in found.words()
+    seen = [
+        setting._replace(k=k, kernel=kernel) for k in range(3, 8) for kernel in ("cps", "dance")
+    ]
+    wider = found.widened([setting, *seen])
+    assert wider.happens["kernel"] == ("cps", "dance")
+    assert "from k = 3" in wider.words() and "kernels cps, dance" in wider.words()
+    every = [setting._replace(kernel=kernel) for kernel in VALUES["kernel"]]
+    assert "kernel" not in found.widened(every).happens
+
+
 # ---- Advantages ----------------------------------------------------------------------------------
 
 

@@ -306,6 +306,7 @@ def where_it_differs(session: Session, bad: list[Case], found: Recognised) -> st
         condition = condition_of(bad[0].setting, differs, level.axes)
     except CannotBeJudged as reason:  # the verdict stands
         return f"not found: {reason}"
+    condition = condition.widened(case.setting for case in bad)
     return f"only {condition.words()}" if condition.happens else "everywhere"
 
 
@@ -365,10 +366,9 @@ def judge_answerer(answerer: Answerer, seed: int, progress: bool = False) -> Jud
 def verdict_of(session: Session, scope: Scope) -> Judgement:
     """Recognise the convention, compare, and look at what is left."""
     level = session.level
-    cases = list(session.cases.values())
     forgotten = session.forgets()
-    found = level.recognise(cases, session.ask)
-    cases += found.more
+    found = level.recognise(list(session.cases.values()), session.ask)
+    cases = list(session.cases.values())  # with what was asked to find out
     answered = [case for case in cases if case.values is not None]
     precisions = [
         precision_of(case.values or {}, level.due(case.setting, found.convention))

@@ -255,6 +255,19 @@ class Condition(NamedTuple):
         """Is the setting one of those where it happens, as far as values were tried?"""
         return all(getattr(setting, name) in values for name, values in self.happens.items())
 
+    def widened(self, settings: Iterable[Setting]) -> Condition:
+        """The condition with what it does not cover: places where it was seen to happen, too."""
+        seen = list(settings)
+        happens: dict[str, tuple[Any, ...]] = {}
+        elsewhere: dict[str, tuple[Any, ...]] = {}
+        for name, inside in self.happens.items():
+            more = {getattr(setting, name) for setting in seen}
+            outside = tuple(value for value in self.elsewhere[name] if value not in more)
+            if outside:
+                happens[name] = tuple(sorted({*inside, *more}, key=str))
+                elsewhere[name] = outside
+        return Condition(happens, elsewhere)
+
     def words(self) -> str:
         """ "" where no axis matters."""
         words = []

@@ -204,7 +204,6 @@ class Recognised(NamedTuple):
     convention: Any
     told: dict[str, str]
     scope: tuple[str, ...] = ()
-    more: tuple[Case, ...] = ()  # what was asked to find out, and is to be judged, too
 
 
 class Level:

@@ -180,7 +180,7 @@ class LossLevel(Level):
             "rows": (8, 5, 7),
             "start": ("own", "shared"),
             "rewards": ("1", "0.001", "equal"),
-            "spread": (0.1, 0.4),
+            "spread": (0.1, 0.4, 0.02),
             "clip": ("between ratios", "between divergences", "wide"),
         }
         if "prompt" in self.parameters:

@@ -218,6 +218,8 @@ class Recogniser:
                 one = one._replace(eta=eta if i else one.eta)
                 if j == 1:
                     one = one._replace(rows=7, times=self.long_step())
+                if j == 2:
+                    one = one._replace(spread=0.02 if i % 2 else 0.004)
                 if j >= 3:
                     one = one._replace(spread=0.4, event=self.events[0])
                 clip = (BETWEEN, BETWEEN, "between divergences")[j % 3]

@@ -440,7 +440,7 @@ class StepLevel(Level):
             self.findings.append(f"{', '.join(self.dead)}: {dead}")
         self.look_for_a_deaf_function(cases, convention)
         scope = () if self.is_named else (f"kernel {self.only} only",)
-        return Recognised(convention, told, scope, more)
+        return Recognised(convention, told, scope)
 
     def kernels_without_gradient(
         self, cases: Sequence[Case], kernels: Sequence[str]
