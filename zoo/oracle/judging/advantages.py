@@ -124,7 +124,7 @@ class Reading(NamedTuple):
     precision: float = READING
 
 
-class Group(NamedTuple):
+class GroupRead(NamedTuple):
     """What one group tells: delta, and where a clamp acted."""
 
     delta: float
@@ -133,7 +133,7 @@ class Group(NamedTuple):
     largest: float  # |A| that no clamp cut
 
 
-def read_group(r: Tensor, A: Tensor, precision: float) -> Group | None:
+def read_group(r: Tensor, A: Tensor, precision: float) -> GroupRead | None:
     """delta of one group, from the members that no clamp cut; None where nothing fits."""
     centred = r - r.mean()
     if not bool(A.isfinite().all()) or not bool((A * centred > 0).any()):
@@ -150,13 +150,13 @@ def read_group(r: Tensor, A: Tensor, precision: float) -> Group | None:
     error = (A - expected).abs()
     cut = error > 20 * precision * expected.abs().max()
     if not bool(cut.any()):
-        return Group(delta.item(), precision, 0.0, A.abs().max().item())
+        return GroupRead(delta.item(), precision, 0.0, A.abs().max().item())
     bound = A[cut].abs()
     if bound.max() - bound.min() > 20 * precision * bound.max():
         return None
     if bool((A[cut] * expected[cut] <= 0).any()) or bool((expected[cut].abs() < bound[0]).any()):
         return None
-    return Group(delta.item(), precision, bound.mean().item(), 0.0)
+    return GroupRead(delta.item(), precision, bound.mean().item(), 0.0)
 
 
 def eps_range(deltas: Tensor, stds: Tensor, precision: Tensor, form: str) -> tuple[float, float]:
@@ -201,7 +201,7 @@ def recognise(readings: Sequence[Reading], usual: bool = False) -> Advantages | 
 
     usual: only with an eps in use, or none.
     """
-    groups: list[Group] = []
+    groups: list[GroupRead] = []
     batches: list[tuple[Reading, int]] = []
     for reading in readings:
         for n in range(len(reading.rewards)):
@@ -237,7 +237,7 @@ def recognise(readings: Sequence[Reading], usual: bool = False) -> Advantages | 
     return None
 
 
-def clamp_of(groups: Sequence[Group]) -> tuple[float | None, str] | None:
+def clamp_of(groups: Sequence[GroupRead]) -> tuple[float | None, str] | None:
     """(C, words); None where groups contradict each other."""
     bounds = [group.clamped_at for group in groups if group.clamped_at]
     largest = max(group.largest for group in groups)

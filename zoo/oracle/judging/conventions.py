@@ -195,7 +195,7 @@ def divergence_of(setting: Setting, group: Group, new: Field, reduction: str) ->
     return per_member.mean()
 
 
-def flat_gradient(loss: Tensor, field: Field) -> Tensor:
+def gradient_by_theta(loss: Tensor, field: Field) -> Tensor:
     """d loss / d theta as one vector."""
     parts = torch.autograd.grad(
         loss, [*field.parameters()], allow_unused=True, materialize_grads=True
@@ -221,7 +221,7 @@ def due_under(setting: Setting, convention: LossConvention) -> dict[str, Due]:
     if setting.kl:
         reduction = convention.reduction if convention.kl == "as the ratio" else convention.kl
         loss = loss + setting.kl * divergence_of(setting, group, new, reduction)
-    gradient = flat_gradient(loss, new)
+    gradient = gradient_by_theta(loss, new)
     # Values of both signs nearly cancel in a loss; its size is that of what is added up. Rounding
     # of the states moves (x_s - mean) / std, which all numbers are made of.
     narrowest = min(term.std for term in terms.values())

@@ -15,7 +15,7 @@ from zoo.oracle.judging import advantages as reading
 from zoo.oracle.judging.advantages import Advantages, Reading
 from zoo.oracle.judging.asked import Field, Message
 from zoo.oracle.judging.conditions import Setting
-from zoo.oracle.judging.conventions import Clip, LossConvention, due_under, flat_gradient
+from zoo.oracle.judging.conventions import Clip, LossConvention, due_under, gradient_by_theta
 from zoo.oracle.judging.groups import (
     OUTLIER_GROUP,
     OUTLIERS,
@@ -274,5 +274,5 @@ def due_by(module: ModuleType, setting: Setting, convention: LossConvention) -> 
     if convention.policy == "on":
         old = None
     loss = module.policy_loss(new, rollout, A, old=old, **options).loss
-    gradient = flat_gradient(loss, new)
+    gradient = gradient_by_theta(loss, new)
     return {"loss": Due(loss.detach(), A.abs().mean().item()), "gradient": Due(gradient)}

@@ -253,7 +253,8 @@ class Recogniser:
         if ratio == "mean":
             settings += self.answered_plainly()
         few = settings[:: 1 + len(settings) // FEW]
-        groups = [group for z in settings if (group := self.cut_group(z, convention))]
+        cut = [self.cut_group(setting, convention) for setting in settings]
+        groups = [group for group in cut if group is not None]
         # With no such groups there is nothing to read, and a range of other ends explains nothing.
         clips = [Clip(), Clip("none")]
         if 2 * len(groups) > len(settings) // len(self.kernels):
@@ -316,7 +317,7 @@ class Recogniser:
     def read_weights(self, convention: LossConvention) -> LossConvention:
         """How k-terms are scored and weighed; as usual, where nothing explains them."""
         answered = {case.setting.factors for case in self.answered}
-        sets = [z for z in ((2,), (2, 3), (3,), (2, 5, 7)) if z in answered]
+        sets = [S for S in ((2,), (2, 3), (3,), (2, 5, 7)) if S in answered]
         settings = []
         for i, factors in enumerate(sets[:2]):
             for kernel in self.kernels:
@@ -411,7 +412,7 @@ def masks_of(groups: Sequence[CutGroup]) -> Iterable[Clip]:
             usual = 1.0 if below < 1 <= above else None
             words = f"{below:.3g} to {above:.3g} times the clip" if usual is None else "the clip"
         else:
-            usual = next((z for z in USUAL_THRESHOLDS if below < z <= above), None)
+            usual = next((value for value in USUAL_THRESHOLDS if below < value <= above), None)
             words = f"{below:.3g} to {above:.3g}" if usual is None else f"{usual:g}"
         threshold = (below + above) / 2 if usual is None else usual
         yield Clip(f"mask, {kind}", threshold, threshold, words)

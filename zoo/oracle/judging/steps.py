@@ -360,7 +360,7 @@ class StepLevel(Level):
             own = [setting for setting in settings if setting.kernel == kernel][:12]
             for gradient, times in product(("v", ""), TIMES_AS):
                 self.gradient[kernel], self.times_as[kernel] = gradient, times
-                if any(self.is_usable(send(self.call(z), "how it is called"), z) for z in own):
+                if self.answers_one_of(own, send):
                     break
             else:
                 unusable.append(kernel)
@@ -371,6 +371,13 @@ class StepLevel(Level):
         told = {kernel: self.times_as[kernel] for kernel in kernels}
         if any(times != TIMES_AS[0] for times in told.values()):
             self.findings.append(f"t and s are given as {together(told)}")
+
+    def answers_one_of(self, settings: Sequence[Setting], send: Send) -> bool:
+        """Is there a usable answer?"""
+        for setting in settings:
+            if self.is_usable(send(self.call(setting), "how it is called"), setting):
+                return True
+        return False
 
     def is_usable(self, reply: Message, setting: Setting) -> bool:
         """Was that an answer?"""
@@ -426,11 +433,15 @@ class StepLevel(Level):
             convention[kernel] = best(CHOICES, functools.partial(self.agreements, own, kernel))
         told = {}
         for name in ("reduction", "constants", "half_square"):
-            words = {k: getattr(chosen.log_prob, name) for k, chosen in convention.items()}
+            words = {
+                kernel: getattr(chosen.log_prob, name) for kernel, chosen in convention.items()
+            }
             told[TOLD[name]] = together(words)
         answered = [case.values for case in everything if case.values is not None]
         if any("std" in values for values in answered):
-            told["g or std"] = together({k: chosen.called for k, chosen in convention.items()})
+            told["g or std"] = together(
+                {kernel: chosen.called for kernel, chosen in convention.items()}
+            )
         missing = [name for name in ("mean", "std") if not any(name in v for v in answered)]
         if missing:
             self.findings.append(f"it returns no {' and no '.join(missing)}")
@@ -468,8 +479,9 @@ class StepLevel(Level):
     def look_for_a_deaf_function(self, cases: list[Case], convention: dict[str, Chosen]) -> None:
         """Say so where it computes one kernel whatever it is asked for."""
         for kernel, chosen in convention.items():
-            others = [z for z in cases if z.values is not None and z.setting.kernel != kernel]
-            own = [z for z in others if has_density(kernel, z.setting.times)][:6]
+            answered = [case for case in cases if case.values is not None]
+            others = [case for case in answered if case.setting.kernel != kernel]
+            own = [case for case in others if has_density(kernel, case.setting.times)][:6]
             quantities = sum(len(case.values or ()) for case in own)
             if self.is_named and own and self.agreements(own, kernel, chosen) == quantities:
                 cure = "leave out the parameter, or raise for the others"
