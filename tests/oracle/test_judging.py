@@ -566,8 +566,8 @@ def test_only_a_verdict_of_agreement_ends_with_status_0(name, status, words, the
 def test_a_function_that_does_not_answer_is_ended(theirs):
     """Within its time, and its process is gone."""
     began = time.monotonic()
-    found = judging.judge_elsewhere("theirs:sleeps", SEED, limit=6.0)
-    assert found.verdict == "cannot be judged" and "no answer within the 6 s" in found.reason
+    found = judging.judge_elsewhere("theirs:sleeps", SEED, limit=4.0)
+    assert found.verdict == "cannot be judged" and "no answer within the 4 s" in found.reason
     assert time.monotonic() - began < 20
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert "theirs:sleeps" not in listed.stdout
@@ -575,7 +575,6 @@ def test_a_function_that_does_not_answer_is_ended(theirs):
 
 SENT = [
     ("Plain().step", "step"),
-    ("Plain().loss_of_prompts", "loss"),
     ("Plain().loss_with_kl", "loss"),
 ]
 
