@@ -290,6 +290,27 @@ def raising(x, velocity, t, s, k, kernel, eta):
     raise NotImplementedError("later")
 
 
+def by_position(x_s, mean, std, /):
+    return pg.Transition(mean, std).log_prob(x_s)
+
+
+class Module(torch.nn.Module):
+    def forward(self, x_s, mean, std):
+        return pg.Transition(mean, std).log_prob(x_s)
+
+
+@torch.jit.script
+def scripted(x_s: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return -(x_s - mean).square().flatten(1).mean(1) / (2 * std.square())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("function", [by_position, Module(), scripted])
+def test_whatever_can_be_called_is_judged(function):
+    """By position, as a module's forward, compiled."""
+    assert judging.judge(function, SEED).verdict == "agrees"
+
+
 def leaving(x_s, mean, std):
     sys.exit(0)
 
@@ -532,8 +553,8 @@ scored = Scored()
 @pytest.fixture
 def theirs(tmp_path, monkeypatch):
     """A folder with theirs.py, this.py and leaves_at_once.py, to stand in."""
-    for name in ("theirs.py", "this.py"):
-        (tmp_path / name).write_text(THEIRS)
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    (tmp_path / "this.py").write_text(THEIRS)
     (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pave_grpo import Process
+from pave_grpo import Process, Velocity
 from zoo.oracle import theory
 from zoo.released import families
 from zoo.shapes import model as shapes_model
@@ -160,10 +160,14 @@ class Piped(nn.Module):
             flow.transformer.enable_gradient_checkpointing()
         texts = flow.encode(prompts)
         flow.drop_encoders()
-        self.velocity = flow.velocity(texts, height, width, flow.single_guidance)
+
+        def velocity_of(network: nn.Module) -> Velocity:
+            return flow.velocity(texts, height, width, flow.single_guidance, network=network)
+
+        self.velocity_of = velocity_of  # of a copy's own network: a closure is not copied
 
     def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-        return self.velocity(x.float(), t.float(), prompt % self.prompts)
+        return self.velocity_of(self.network)(x.float(), t.float(), prompt % self.prompts)
 
 
 def piped(path: str, prompts: Sequence[str], dtype: torch.dtype, size: tuple[int, int]) -> Fixture:

@@ -274,10 +274,11 @@ def explains(level: Level, module: ModuleType, cases: list[Case], convention: An
 
 
 def without_nan(values: Values, due: dict[str, Due]) -> tuple[Values, dict[str, Due]]:
-    """Both with 0 for a NaN that they share: a bug that gives NaN is recognised by it."""
+    """Both with 0 for a NaN or inf that they share: a bug that gives it is recognised by it."""
     theirs, ours = {}, {}
     for name, value in values.items():
-        shared = value.isnan() & due[name].value.isnan()
+        ours_too = due[name].value
+        shared = (value.isnan() & ours_too.isnan()) | (value.isinf() & (value == ours_too))
         theirs[name] = torch.where(shared, 0, value)
         ours[name] = Due(torch.where(shared, 0, due[name].value), due[name].scale)
     return theirs, ours

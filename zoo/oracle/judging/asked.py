@@ -176,6 +176,7 @@ def perform(function: Callable, call: Message) -> Message:
     """
     given, fields = arguments_of(call)
     before = {name: z.clone() for name, z in given.items() if isinstance(z, Tensor)}
+    held = {name: given[name] for name in before}
     wanted = call.words["gradient"]
     if wanted == "v":
         given["v"].requires_grad_(True)
@@ -186,7 +187,7 @@ def perform(function: Callable, call: Message) -> Message:
     words: dict[str, Any] = {"error": "", "message": "", "exit": ""}
     try:
         with contextlib.redirect_stdout(heard):
-            out = function(**given)
+            out = called(function, given)
             if wanted:
                 gradient = gradient_of(wanted, out, given, fields)
     except KeyboardInterrupt:
@@ -199,8 +200,21 @@ def perform(function: Callable, call: Message) -> Message:
     words["state"] = differences(state, state_of_the_process())
     words["printed"] = heard.text
     restore(state)
-    words["changed"] = [name for name, z in before.items() if not torch.equal(given[name], z)]
+    words["changed"] = [name for name, z in before.items() if not torch.equal(held[name], z)]
     return packed(words, out, gradient)
+
+
+def called(function: Callable, given: dict[str, Any]) -> Any:
+    """function(**given), by position where it takes no names."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return function(**given)
+    by_position = []
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.POSITIONAL_ONLY and name in given:
+            by_position.append(given.pop(name))
+    return function(*by_position, **given)
 
 
 def packed(words: dict[str, Any], out: Any, gradient: Tensors) -> Message:
@@ -280,8 +294,12 @@ def parameters_of(function: Any) -> list[tuple[str, str | None]]:
 
     A default that JSON cannot carry is said to be "other". Raises TypeError for what has none.
     """
+    if isinstance(function, torch.jit.ScriptFunction):
+        schema: Any = function.schema
+        return [(argument.name, "required") for argument in schema.arguments]
+    target = function.forward if isinstance(function, nn.Module) else function
     found: list[tuple[str, str | None]] = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         default = parameter.default
@@ -304,6 +322,7 @@ def found(where: str) -> Any:
     """MODULE:FUNCTION, first of all in the working directory."""
     module, _, name = where.partition(":")
     sys.path.insert(0, os.getcwd())
+    sys.argv[:] = [where]  # nothing of ours, should it read the command line
     function: Any = importlib.import_module(module)
     for part in name.split("."):
         function = getattr(function, part)

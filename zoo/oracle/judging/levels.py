@@ -85,7 +85,7 @@ def pick(generator: torch.Generator, values: Sequence[Any]) -> Any:
 
 
 def draw_times(generator: torch.Generator) -> list[tuple[float, float]]:
-    """Steps t -> s: in the middle, from t = 1, near it, long, short, near 0, to s = 0."""
+    """Steps t -> s: in the middle, from t = 1, near it, nearer, long, short, near 0, to s = 0."""
     middle = uniform(generator, 0.5, 0.8)
     near_one = uniform(generator, 0.95, 0.99)
     short = uniform(generator, 0.25, 0.45)
@@ -95,6 +95,7 @@ def draw_times(generator: torch.Generator) -> list[tuple[float, float]]:
         (middle, uniform(generator, 0.6, 0.8) * middle // (1 / 256) / 256),
         (1.0, uniform(generator, 0.7, 0.9)),
         (near_one, near_one - uniform(generator, 0.05, 0.1)),
+        (1 - 1 / 128, uniform(generator, 0.85, 0.95)),
         (uniform(generator, 0.75, 0.9), uniform(generator, 0.2, 0.35)),
         (short, short - uniform(generator, 0.03, 0.05)),
         (low, low - uniform(generator, 0.01, 0.03)),
@@ -112,6 +113,7 @@ def draw_events(generator: torch.Generator) -> list[tuple[int, ...]]:
         (pick(generator, sizes), pick(generator, sizes)),
         (2, pick(generator, (3, 4)), pick(generator, (3, 4))),
         (2, 2, pick(generator, (2, 3)), pick(generator, (2, 3))),
+        (4, 4, 6),
     ]
 
 
@@ -290,6 +292,8 @@ def shaped(value: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
 def one_per_row(value: Tensor, rows: int, what: str) -> Tensor:
     """What broadcasts to [B, ...] and is one number in each row, as [B]. Raises Unusable else."""
     wanted = f"returns {what} of shape {list(value.shape)}, must be one number a row"
+    if value.numel() == 0:
+        raise Unusable(wanted)
     if value.numel() == 1:
         return value.double().flatten().expand(rows)
     if value.shape[0] not in (1, rows):

@@ -83,7 +83,7 @@ class Recogniser:
 
     def long_step(self) -> tuple[float, float]:
         """Another step than that of most experiments."""
-        times: tuple[float, float] = self.axes["times"][min(3, len(self.axes["times"]) - 1)]
+        times: tuple[float, float] = self.axes["times"][min(4, len(self.axes["times"]) - 1)]
         return times
 
     def agreements(self, settings: Iterable[Setting], convention: LossConvention) -> int:
@@ -267,6 +267,9 @@ class Recogniser:
             return None, False
         counts = {option: self.agreements(few, option) for option in options}
         best = [option for option in options if counts[option] == counts[promising]]
+        if len(best) > 1:  # k-terms move less far, and tell thresholds apart
+            answered = [case.setting for case in self.answered if case.setting.policy == "off"]
+            best.sort(key=lambda option: -self.agreements(answered, option))
         return self.first_of(settings, best)
 
     def ratios_of(self, convention: LossConvention) -> list[tuple[str, LossConvention]]:
@@ -408,11 +411,14 @@ def masks_of(groups: Sequence[CutGroup]) -> Iterable[Clip]:
             above = min([above, *masked.tolist()])
         if not below < above < math.inf:
             continue
-        if kind == "times":
-            usual = 1.0 if below < 1 <= above else None
-            words = f"{below:.3g} to {above:.3g} times the clip" if usual is None else "the clip"
-        else:
-            usual = next((value for value in USUAL_THRESHOLDS if below < value <= above), None)
-            words = f"{below:.3g} to {above:.3g}" if usual is None else f"{usual:g}"
-        threshold = (below + above) / 2 if usual is None else usual
-        yield Clip(f"mask, {kind}", threshold, threshold, words)
+        usual = (1.0,) if kind == "times" else USUAL_THRESHOLDS
+        inside = [value for value in usual if below < value <= above]
+        for value in inside:
+            yield Clip(
+                f"mask, {kind}", value, value, "the clip" if kind == "times" else f"{value:g}"
+            )
+        # An end that nothing shows, times the clip, would explain whatever is below it.
+        if not inside and (below > 0 or kind == "fixed"):
+            middle = (below + above) / 2
+            words = f"{below:.3g} to {above:.3g}" + (" times the clip" if kind == "times" else "")
+            yield Clip(f"mask, {kind}", middle, middle, words)

@@ -149,7 +149,7 @@ class TransitionLevel(Level):
         }
 
     def settings(self) -> list[Setting]:
-        """Each k of each kernel three times, each value of the other axes for each kernel."""
+        """Each k of each kernel three times, each value of the other axes, each time with k = 1."""
         drawn = []
         for kernel in self.axes["kernel"]:
             for k in self.axes["k"]:
@@ -160,6 +160,9 @@ class TransitionLevel(Level):
                     fixed = {"kernel": kernel, name: value}
                     if name != "times" or has_density(kernel, value):
                         drawn += self.random_settings(self.generator, **fixed)
+            for times in self.axes["times"]:  # a whole step: sub-steps begin later
+                if has_density(kernel, times) and 1 in self.axes["k"]:
+                    drawn += self.random_settings(self.generator, kernel=kernel, times=times, k=1)
         return drawn
 
     def call(self, setting: Setting) -> Message:
@@ -365,8 +368,9 @@ class StepLevel(Level):
             else:
                 unusable.append(kernel)
         for kernel in unusable:  # asked in the way that another understands, it says why
-            like = next((other for other in kernels if other not in unusable), kernels[0])
-            self.gradient[kernel], self.times_as[kernel] = self.gradient[like], self.times_as[like]
+            like = next((other for other in kernels if other not in unusable), "")
+            gradient, times = self.gradient.get(like, "v"), self.times_as.get(like, TIMES_AS[0])
+            self.gradient[kernel], self.times_as[kernel] = gradient, times
         kernels = [kernel for kernel in kernels if kernel not in unusable]
         told = {kernel: self.times_as[kernel] for kernel in kernels}
         if any(times != TIMES_AS[0] for times in told.values()):
