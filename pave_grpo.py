@@ -73,6 +73,16 @@ def per_row(w: Tensor, x: Tensor) -> Tensor:
     return w.to(x.dtype).reshape(w.shape + (1,) * (x.ndim - w.ndim))
 
 
+def beside(x: Tensor, w: float | Tensor) -> Tensor:
+    """w in float64 on the device of x, by a copy that is not waited for."""
+    return torch.as_tensor(w, dtype=torch.float64).to(x.device, non_blocking=True)
+
+
+def fetched(*numbers: Tensor) -> tuple[Tensor, ...]:
+    """These vectors on the CPU, by one copy: each is waited for."""
+    return torch.split(torch.cat(numbers).cpu(), [len(vector) for vector in numbers])
+
+
 def evaluate(velocity: Velocity, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
     """v(x, t, prompt) in the dtype of the state, whatever the model computes in.
 
@@ -115,18 +125,25 @@ class Transition(NamedTuple):
 
         x broadcasts against mean: one mean can score a whole group. reduction "sum" is the density,
             sum_d -(x - mean)_d^2 / (2 std^2) - log std - log(2 pi)/2,
-        "mean" divides it by the number of dimensions (the field's convention, E10). Raises
-        ValueError where std is zero: a Dirac has no density.
+        "mean" divides it by the number of dimensions (the field's convention, E10). Squares are
+        taken in x's dtype and added up in float64: of float32 each is off by a factor within
+        1 +- 2^-24, and so is their mean; float32 sums would be off by more than a clip range.
+        Raises ValueError where std is zero: a Dirac has no density.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r}: must be 'mean' or 'sum'")
         if not bool((self.std > 0).all()):
             raise ValueError(f"std={self.std.min().item()}: must be positive to have a density")
+        return self.log_density(x, reduction)
+
+    def log_density(self, x: Tensor, reduction: str) -> Tensor:
+        """`log_prob` where std is known to be positive: to ask a device is to wait for it."""
         z = (x - self.mean) / per_row(self.std, x)
-        # Added up in float64: a float32 sum over a picture would be off by more than a clip range.
-        z = z.double().reshape(*z.shape[: self.std.ndim], -1)
-        per_dimension = -z.square().mean(-1) / 2 - self.std.log() - math.log(2 * math.pi) / 2
-        return per_dimension * (z.shape[-1] if reduction == "sum" else 1)
+        z = z.reshape(*z.shape[: self.std.ndim], -1)
+        d = z.shape[-1]
+        mean_square = z.square().sum(-1, dtype=torch.float64) / d
+        per_dimension = -mean_square / 2 - self.std.log() - math.log(2 * math.pi) / 2
+        return per_dimension * (d if reduction == "sum" else 1)
 
     def unflatten(self, batch: tuple[int, ...]) -> Transition:
         """The same transitions with their one batch axis split into several."""
@@ -211,7 +228,7 @@ class Process:
 
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
         """(a, b, std) of the kernel's step t -> s, float64, shaped like t."""
-        return KERNELS[self.kernel](t, s, self.eta, self.grid[1].to(t.device))
+        return KERNELS[self.kernel](t, s, self.eta, beside(t, self.grid[1]))
 
     def transition(self, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Transition:
         """p(x_s | x_t) = N(a x + b v, std^2 I) for x, v [B, *event] and t, s [B]."""
@@ -350,17 +367,18 @@ def rollout_of(
     return Rollout(process, steps, x_t, x_s, log_prob, x_0, v)
 
 
-def look_ahead(
-    velocity: Velocity, process: Process, x: Tensor, i: int
-) -> tuple[Tensor, Transition]:
-    """v and p(. | x) for x [P, R, *event], R rows a prompt, at step i of the grid, in one call."""
+def velocity_at(velocity: Velocity, process: Process, x: Tensor, i: int) -> Tensor:
+    """v of x [P, R, *event], R rows a prompt, where step i of the grid begins, in one call."""
     P, R = x.shape[:2]
     prompt = torch.arange(P, device=x.device).repeat_interleave(R)
-    t = process.grid[i].to(x.device).expand(P * R)
-    s = process.grid[i + 1].to(x.device).expand(P * R)
-    rows = x.flatten(0, 1)
-    v = evaluate(velocity, rows, t, prompt)
-    return v.reshape(x.shape), process.transition(rows, v, t, s).unflatten((P, R))
+    t = beside(x, process.grid[i]).expand(P * R)
+    return evaluate(velocity, x.flatten(0, 1), t, prompt).reshape(x.shape)
+
+
+def transition_at(process: Process, x: Tensor, v: Tensor, i: int) -> Transition:
+    """p(. | x) of step i of the grid for x, v [P, R, *event]."""
+    t, s = beside(x, process.grid[i : i + 2])
+    return process.transition(x, v, t.expand(x.shape[:2]), s.expand(x.shape[:2]))
 
 
 @torch.no_grad()
@@ -379,10 +397,11 @@ def rollout_independent(
     x = noise.x_1.expand(P, G, *noise.x_1.shape[2:])
     observed: list[Observed] = []
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
-        v, p = look_ahead(velocity, process, x, i)
+        v = velocity_at(velocity, process, x, i)
         if i in steps:
+            p = transition_at(process, x, v, i)
             x_s = p.sample(noise.z[:, len(observed)])
-            observed.append(Observed(x, x_s, p.log_prob(x_s, "sum"), v))
+            observed.append(Observed(x, x_s, p.log_density(x_s, "sum"), v))
             x = x_s
         else:
             x = x - (t - s) * v
@@ -401,24 +420,20 @@ def rollout_shared_anchor(
     """
     steps = process.stochastic_steps(sde_steps)
     check_noise(noise, steps, starts=(1,))
-    anchor = noise.x_1  # [P, 1, *event]
-    members = noise.x_1[:, :0]  # [P, G * steps branched so far, *event]
+    x = noise.x_1  # [P, R, *event]: the anchor, and G members of every step branched so far
     observed: list[Observed] = []
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
-        x = torch.cat([anchor, members], dim=1)
-        v, p = look_ahead(velocity, process, x, i)
+        v = velocity_at(velocity, process, x, i)
         moved = x - (t - s) * v  # an ODE step of every row
-        alive = anchor.shape[1]  # 1, and 0 once the anchor has stopped
-        anchor = moved[:, :alive]
-        members = moved[:, alive:]
         if i in steps:
-            p = Transition(p.mean[:, :1], p.std[:, :1])  # from the anchor
+            x_t = x[:, :1].clone()  # a view would keep the rows of all members
+            v_t = v[:, :1].clone()
+            p = transition_at(process, x_t, v_t, i)
             x_s = p.sample(noise.z[:, len(observed)])
-            observed.append(Observed(x[:, :1], x_s, p.log_prob(x_s, "sum"), v[:, :1]))
-            members = torch.cat([members, x_s], dim=1)
-        if i == steps[-1]:
-            anchor = anchor[:, :0]
-    return rollout_of(process, steps, observed, x_0=members.reshape(noise.z.shape))
+            observed.append(Observed(x_t, x_s, p.log_density(x_s, "sum"), v_t))
+            moved = torch.cat([moved, x_s], dim=1)
+        x = moved[:, 1:] if i == steps[-1] else moved  # the anchor has no more to do
+    return rollout_of(process, steps, observed, x_0=x.reshape(noise.z.shape))
 
 
 @torch.no_grad()
@@ -488,8 +503,9 @@ def normalised_log_ratio(log_ratio: Tensor, delta: Tensor, std: Tensor, reductio
     (k = 1, and the forms matched and midpoint) it is centred, and as wide at every step for an
     equal delta, so that one clip range suits all steps (arXiv 2510.22319, equation 8).
     """
-    squared = delta.double().square().flatten(std.ndim)
-    distance = squared.sum(-1) if reduction == "sum" else squared.mean(-1)
+    squared = delta.square().flatten(std.ndim)
+    add = torch.sum if reduction == "sum" else torch.mean
+    distance = add(squared, -1, dtype=torch.float64)
     return std * (log_ratio + distance / (2 * std.square()))
 
 
@@ -500,20 +516,24 @@ class TermStatistics(NamedTuple):
     ratio_min: float
     ratio_max: float
     clip_fraction: float  # of the members with a non-zero advantage, how many the clip cut
-    # [n], (c_1 / std scored)^2, with ratio_norm its root: the scale of the term's attribution (E2)
+    # (c_1 / std scored)^2, with ratio_norm its root: the scale of the term's attribution (E2),
+    # [n] on the CPU
     effective_weight: Tensor
 
 
-def statistics_of(term: Surrogate, advantages: Tensor, weight: Tensor) -> TermStatistics:
-    """The statistics of one term, whose attribution weighs `weight` [P, n, 1|G] times k = 1's."""
+def statistics_of(term: Surrogate, advantages: Tensor, weight: Tensor) -> Tensor:
+    """The fields of TermStatistics as one vector; weight [P, n, 1|G] depends on the step alone."""
+    ratio = term.ratio
     speaking = (advantages != 0).expand_as(term.is_cut).sum()
-    return TermStatistics(
-        ratio_mean=term.ratio.mean().item(),
-        ratio_min=term.ratio.min().item(),
-        ratio_max=term.ratio.max().item(),
-        clip_fraction=(term.is_cut.sum() / speaking.clamp(min=1)).item(),
-        effective_weight=weight[0, :, 0],  # it depends on the step alone
-    )
+    clip_fraction = (term.is_cut.sum() / speaking.clamp(min=1)).double()
+    numbers = torch.stack([ratio.mean(), ratio.min(), ratio.max(), clip_fraction])
+    return torch.cat([numbers, weight[0, :, 0]])
+
+
+def named(numbers: Tensor) -> TermStatistics:
+    """What `statistics_of` measured, once it is fetched."""
+    ratio_mean, ratio_min, ratio_max, clip_fraction = numbers[:4].tolist()
+    return TermStatistics(ratio_mean, ratio_min, ratio_max, clip_fraction, numbers[4:])
 
 
 class OldPolicy(NamedTuple):
@@ -543,10 +563,10 @@ def rows_of(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_t [B, *event], t, s and prompt [B] of every state that a step left, B = P n (1|G)."""
     P, n, states = batch = rollout.x_t.shape[:3]
     x = rollout.x_t.flatten(0, 2)
-    steps = torch.tensor(rollout.sde_steps)
     grid = rollout.process.grid
-    t = grid[steps].to(x.device).view(1, -1, 1).expand(batch).flatten()
-    s = grid[steps + 1].to(x.device).view(1, -1, 1).expand(batch).flatten()
+    steps = torch.tensor(rollout.sde_steps)
+    times = beside(x, torch.stack([grid[steps], grid[steps + 1]]))
+    t, s = times.view(2, 1, -1, 1).expand(2, *batch).flatten(1)
     prompt = torch.arange(P, device=x.device).repeat_interleave(n * states)
     return x, t, s, prompt
 
@@ -574,7 +594,7 @@ def midpoint(velocity: Velocity, rollout: Rollout, u: float | Tensor = 0.5) -> T
     """
     x, t, s, prompt = rows_of(rollout)
     batch = rollout.x_t.shape[:3]
-    place = torch.as_tensor(u, dtype=torch.float64, device=x.device).expand(batch).flatten()
+    place = beside(x, u).expand(batch).flatten()
     D_u = place * (t - s)
     x_u = x - per_row(D_u, x) * kept_velocity(rollout)
     v_u = evaluate(velocity, x_u, t - D_u, prompt)
@@ -661,21 +681,21 @@ def policy_loss(
     means_old = old.means if old else {k: p.mean.detach() for k, p in transitions.items()}
     std_1 = transitions[1].std
     log_probs: dict[int, Tensor] = {}
-    terms: dict[int, TermStatistics] = {}
+    statistics: dict[int, Tensor] = {}
     J = torch.zeros((), dtype=torch.float64, device=std_1.device)
     for k in ks:
         p = scored(form, k, transitions, means_old, rollout)
-        log_probs[k] = p.log_prob(rollout.x_s, reduction)
+        log_probs[k] = p.log_density(rollout.x_s, reduction)
         log_prob_old = old.log_probs[k] if old else log_probs[k].detach()
         log_ratio = log_probs[k] - log_prob_old
         if ratio_norm:
             delta = transitions[k].mean - means_old[k]
             log_ratio = normalised_log_ratio(log_ratio, delta, p.std, reduction)
         term = clipped_surrogate(log_ratio, advantages, clip)
-        w_k = torch.as_tensor(weights[k], dtype=torch.float64, device=std_1.device).reshape(-1, 1)
+        w_k = beside(std_1, weights[k]).reshape(-1, 1)
         J = J + (w_k * term.value).mean()
         scale = std_1 / p.std
-        terms[k] = statistics_of(term, advantages, scale if ratio_norm else scale**2)
+        statistics[k] = statistics_of(term, advantages, scale if ratio_norm else scale**2)
 
     # KL(pi_theta || pi_ref) of the coarse steps: Gaussians of one std, the log-ratio at the mean.
     KL = torch.zeros((), dtype=torch.float64, device=std_1.device)
@@ -683,14 +703,16 @@ def policy_loss(
         with torch.no_grad():
             p_ref = transitions_of(reference, rollout, (), form, u)[1]
         mu = transitions[1].mean
-        KL = (transitions[1].log_prob(mu, reduction) - p_ref.log_prob(mu, reduction)).mean()
+        KL = (transitions[1].log_density(mu, reduction) - p_ref.log_density(mu, reduction)).mean()
 
-    if old is None:
-        log_probs_old = {k: log_prob.detach() for k, log_prob in log_probs.items()}
-        dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
-        gap = (rollout.log_prob / dims - log_probs_old[1]).abs().max().item()
-        old = OldPolicy(means_old, log_probs_old, form, u, reduction, rollout, gap)
-    return PolicyLoss(kl * KL - J, terms, KL.item(), old)
+    log_probs_now = {k: log_prob.detach() for k, log_prob in log_probs.items()}
+    dims = 1 if reduction == "sum" else rollout.x_s[0, 0, 0].numel()
+    gap = (rollout.log_prob / dims - log_probs_now[1]).abs().max()
+    numbers, *of_terms = fetched(torch.stack([KL.detach(), gap]), *statistics.values())
+    mean_KL, sampling_gap = numbers.tolist()
+    terms = {k: named(own) for k, own in zip(ks, of_terms)}
+    old = old or OldPolicy(means_old, log_probs_now, form, u, reduction, rollout, sampling_gap)
+    return PolicyLoss(kl * KL - J, terms, mean_KL, old)
 
 
 # ---- What is refused, in one line, before any work -----------------------------------------------
@@ -770,6 +792,7 @@ def check_loss(
     old: OldPolicy | None,
 ) -> None:
     """The arguments of policy_loss fit together."""
+    rollout.process.stochastic_steps(rollout.sde_steps)  # each has a density
     P, n, G = rollout.x_s.shape[:3]
     N = rollout.x_0.shape[1]
     if advantages.shape != (P, N, G):

@@ -37,7 +37,7 @@ from zoo.training import checkpoints, costs, finite, policies
 from zoo.training.command_line import parse_and_read, refusing
 from zoo.training.compare import Line, compare
 from zoo.training.draw import chunked
-from zoo.training.metrics import Metrics, measure, merge
+from zoo.training.metrics import Metrics, fetch, measure, merge
 from zoo.training.options import (
     ADVANTAGES,
     ROLLOUTS,
@@ -148,7 +148,7 @@ def iterate(
     for _ in range(o.updates):
         optimizer.zero_grad()
         # 3. Score each observed x_t -> x_s again, for every k in {1} + S.
-        measured = [score(o, policy, prompts, part) for part in parts]
+        measured = fetch([score(o, policy, prompts, part) for part in parts])
         # 4. Ascend J: along the gradient of all parts and all ranks, cut to a norm.
         grad_norm = gradient(o, policy, ranks)
         finite.require(ranks, iteration, bad_update(prompts, parts, measured, grad_norm))
@@ -211,8 +211,10 @@ def bad_update(
     return None
 
 
-def score(o: Options, policy: policies.Policy, prompts: Sequence[str], part: Part) -> Metrics:
-    """A part's loss, its gradient added to the parameters', and its metrics."""
+def score(
+    o: Options, policy: policies.Policy, prompts: Sequence[str], part: Part
+) -> dict[str, float | Tensor]:
+    """A part's loss, its gradient added to the parameters', and what is to be fetched of it."""
     own = prompts[part.prompts]
     result = pave.policy_loss(
         policy.velocity(own),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 import pave_grpo as pave
@@ -12,13 +13,13 @@ import pave_grpo as pave
 Metrics = dict[str, float]
 
 
-def measure(result: pave.PolicyLoss, advantages: Tensor) -> Metrics:
-    """The metrics of one loss."""
-    metrics = {
-        "loss": result.loss.item(),
+def measure(result: pave.PolicyLoss, advantages: Tensor) -> dict[str, float | Tensor]:
+    """The metrics of one loss, some of them on its device: `fetch` them with those of all parts."""
+    metrics: dict[str, float | Tensor] = {
+        "loss": result.loss.detach(),
         "kl": result.kl,
         "sampling_gap_max": result.old.sampling_gap,
-        "signal": (advantages != 0).float().mean().item(),
+        "signal": (advantages != 0).float().mean(),
     }
     for k, term in result.terms.items():
         metrics[f"ratio_{k}"] = term.ratio_mean
@@ -27,6 +28,18 @@ def measure(result: pave.PolicyLoss, advantages: Tensor) -> Metrics:
         metrics[f"clip_fraction_{k}"] = term.clip_fraction
         metrics[f"weight_{k}"] = term.effective_weight.mean().item()
     return metrics
+
+
+def fetch(parts: Sequence[Mapping[str, float | Tensor]]) -> list[Metrics]:
+    """The same as numbers, by one copy from the device: each would be waited for."""
+    away = [
+        value.double() for part in parts for value in part.values() if isinstance(value, Tensor)
+    ]
+    found = iter(torch.stack(away).tolist())
+    return [
+        {name: next(found) if isinstance(value, Tensor) else value for name, value in part.items()}
+        for part in parts
+    ]
 
 
 def merge(parts: Sequence[Metrics], shares: Sequence[float] = ()) -> Metrics:
