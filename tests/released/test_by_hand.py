@@ -246,7 +246,7 @@ def test_prompts_are_encoded_in_order_and_kept_on_the_cpu(flow):
     torch.testing.assert_close(whole.tokens, parts.tokens)
     torch.testing.assert_close(whole.pooled, parts.pooled)
     assert len({tuple(row.tolist()) for row in parts.pooled}) == 5
-    picked = parts.pick(torch.tensor([3, 0, 3]), CPU, torch.bfloat16)
+    picked = parts.pick(torch.tensor([3, 0, 3])).to(CPU, torch.bfloat16)
     assert picked.tokens.dtype == torch.bfloat16
     assert torch.equal(picked.pooled.float(), parts.pooled[[3, 0, 3]].bfloat16().float())
 

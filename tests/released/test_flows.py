@@ -10,6 +10,7 @@ import torch
 
 import pave_grpo as pave
 import verify_equivalence as oracle
+from zoo.oracle import fields
 from zoo.oracle.bench import Bench, Model
 from zoo.oracle.comparison import compare
 from zoo.released import families
@@ -208,11 +209,23 @@ def test_the_oracle_refuses_what_a_pipeline_cannot_do(flags, folders, capsys):
     assert code == 2 and capsys.readouterr().err.strip().count("error:") == 1
 
 
+def test_a_nudged_pipeline_is_another_policy(folders):
+    """The copy moves with its own weights, and the original stays."""
+    fixture = fields.piped(str(folders["sd3"]), ["a dog"], torch.float32, (32, 32))
+    x = torch.randn(1, *fixture.shape)
+    t, prompt = torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        before = fixture.field(x, t, prompt)
+        moved = fields.nudged(fixture.field, 0.01, torch.Generator().manual_seed(0))
+        assert not torch.allclose(moved(x, t, prompt), before)
+        assert torch.equal(fixture.field(x, t, prompt), before)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("sd3", "float32"), ("flux", "bfloat16")])
 def test_the_oracle_takes_a_pipeline(name, dtype, folders, capsys):
     """--model FOLDER: attribution and the matched form hold on it, and steps are compared."""
     folder = str(folders[name])
-    flags = f"--size 32 32 --dtype {dtype} --claims E1 E2 E7 --kernels flow_sde --factors 2"
+    flags = f"--size 32 32 --dtype {dtype} --claims E1 E2 E7 E9 --kernels flow_sde --factors 2"
     code = oracle.main(["--model", folder, *flags.split(), "--prompt", "a dog", "a square"])
     assert code == 0, capsys.readouterr().out
     model = Model(folder, ("a dog",), getattr(torch, dtype), (32, 32))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pave_grpo import Velocity
-from zoo.released.pipeline import JOINT_BLOCK, Flow, Texts
+from zoo.released.pipeline import JOINT_BLOCK, Flow, Near
 
 
 class Flux(Flow):
@@ -64,10 +64,10 @@ class Flux(Flow):
     def make_velocity(
         self,
         network: nn.Module,
-        texts: Texts,
+        texts: Near,
         sides: tuple[int, int],
         guidance: float,
-        empty: Texts | None,
+        empty: Near | None,
     ) -> Velocity:
         """One evaluation: each token says its row and column, words say zero.
 
@@ -76,7 +76,7 @@ class Flux(Flow):
         rows, columns = sides[0] // 2, sides[1] // 2
 
         def velocity(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-            told = texts.pick(prompt, x.device, self.dtype)
+            told = texts.at(x.device).pick(prompt)
             at = torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
             row, column = torch.meshgrid(*at, indexing="ij")
             places = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)

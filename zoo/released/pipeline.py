@@ -30,12 +30,26 @@ class Texts(NamedTuple):
     tokens: Tensor
     pooled: Tensor
 
-    def pick(
-        self, rows: Tensor, device: torch.device | str, dtype: torch.dtype | None = None
-    ) -> Texts:
-        """Texts of the prompts rows [B], on a device, in a dtype (None: as they are)."""
-        rows = rows.to(self.tokens.device)
-        return Texts(self.tokens[rows].to(device, dtype), self.pooled[rows].to(device, dtype))
+    def pick(self, rows: Tensor) -> Texts:
+        """Texts of the prompts rows [B], where they lie."""
+        return Texts(self.tokens[rows], self.pooled[rows])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Texts:
+        """All of them on a device, in a dtype (None: as they are); themselves if they are there."""
+        return Texts(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
+
+
+class Near:
+    """Texts as a velocity asks for them: moved by the first call, and not again."""
+
+    def __init__(self, texts: Texts, dtype: torch.dtype):
+        self.texts = texts
+        self.dtype = dtype
+
+    def at(self, device: torch.device) -> Texts:
+        """All of them, on a device."""
+        self.texts = self.texts.to(device, self.dtype)
+        return self.texts
 
 
 @contextmanager
@@ -243,7 +257,7 @@ class Flow(ABC):
     ) -> Velocity:
         """v(x, t, prompt) of latents x in float32, row b told texts[prompt[b]].
 
-        texts      of the prompts, wherever they lie; what is asked for is moved to x's device
+        texts      of the prompts, wherever they lie; the first call moves them all to x's device
         empty      `encode_empty` of this guidance
         network    another transformer of the same class, such as a reference; None: the pipeline's
         The network computes in `dtype`. Raises ValueError where these do not fit together.
@@ -254,16 +268,18 @@ class Flow(ABC):
                 f"takes two evaluations a row, and only there"
             )
         sides = self.sides(height, width)
-        return self.make_velocity(network or self.transformer, texts, sides, guidance, empty)
+        near = Near(texts, self.dtype)
+        near_empty = None if empty is None else Near(empty, self.dtype)
+        return self.make_velocity(network or self.transformer, near, sides, guidance, near_empty)
 
     @abstractmethod
     def make_velocity(
         self,
         network: nn.Module,
-        texts: Texts,
+        texts: Near,
         sides: tuple[int, int],
         guidance: float,
-        empty: Texts | None,
+        empty: Near | None,
     ) -> Velocity:
         """`velocity` of arguments that fit together, for latents of these sides."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pave_grpo import Velocity
-from zoo.released.pipeline import JOINT_BLOCK, Flow, Texts
+from zoo.released.pipeline import JOINT_BLOCK, Flow, Near, Texts
 
 
 class SD3(Flow):
@@ -60,10 +60,10 @@ class SD3(Flow):
     def make_velocity(
         self,
         network: nn.Module,
-        texts: Texts,
+        texts: Near,
         sides: tuple[int, int],
         guidance: float,
-        empty: Texts | None,
+        empty: Near | None,
     ) -> Velocity:
         """v = v_empty + guidance (v_text - v_empty) above 1, both halves in one batch of 2 B rows.
 
@@ -71,17 +71,17 @@ class SD3(Flow):
         """
 
         def with_prompt(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-            told = texts.pick(prompt, x.device, self.dtype)
+            told = texts.at(x.device).pick(prompt)
             return self.evaluate(network, x, told, timestep=1000 * t)
 
         if empty is None:
             return with_prompt
 
         def guided(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
-            told = texts.pick(prompt, x.device, self.dtype)
-            nothing = empty.pick(torch.zeros_like(prompt), x.device, self.dtype)
-            tokens = torch.cat([nothing.tokens, told.tokens])
-            pooled = torch.cat([nothing.pooled, told.pooled])
+            told = texts.at(x.device).pick(prompt)
+            nothing = empty.at(x.device)
+            tokens = torch.cat([nothing.tokens.expand_as(told.tokens), told.tokens])
+            pooled = torch.cat([nothing.pooled.expand_as(told.pooled), told.pooled])
             x, t = x.repeat(2, 1, 1, 1), t.repeat(2)
             v = self.evaluate(network, x, Texts(tokens, pooled), timestep=1000 * t)
             v_empty, v_text = v.chunk(2)

@@ -65,6 +65,12 @@ def add_lora(flow: Flow, rank: int, alpha: float, seed: int = 0) -> list[nn.Para
     with torch.random.fork_rng(devices=[]):  # peft's initialiser knows only the global generator
         torch.manual_seed(seed)
         flow.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names))
+    if flow.autocast:
+        # It casts what a matrix is given; peft would first cast that to float32, for autocast to
+        # cast it back. peft.helpers.disable_input_dtype_casting sets the same, but in a context,
+        # which has ended when checkpointing computes a block again.
+        for name in names:
+            flow.transformer.get_submodule(name).cast_input_dtype_enabled = False
     tuned = [p for p in flow.transformer.parameters() if p.requires_grad]
     for p in tuned:
         p.data = p.data.float()

@@ -135,7 +135,8 @@ class Embedded(Policy):
 
     def velocity_of(self, network: nn.Module, prompts: Sequence[str]) -> pave.Velocity:
         """The velocity of the model, or of its reference."""
-        tokens = shapes_model.tokenize(list(prompts)).to(next(network.parameters()).device)
+        device = next(network.parameters()).device
+        tokens = shapes_model.tokenize(list(prompts)).to(device, non_blocking=True)
 
         def velocity(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
             return network(x, t, tokens[prompt])
@@ -236,9 +237,10 @@ class Released(Policy):
         self.row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         # One by one: a text must not depend, by rounding, on which others a run will ask for.
         self.texts = self.flow.encode(list(self.row), batch=1, bars=bars)
+        self.near: dict[str, int] = {}  # rows of `near_texts`, those of the prompts last asked for
         self.empty = self.flow.encode_empty(self.guidance)
         if self.empty is not None:
-            self.empty = self.empty.pick(torch.tensor([0]), self.device)
+            self.empty = self.empty.to(self.device, self.dtype)
         self.flow.drop_encoders()
 
     def tune_all(self, world: int) -> None:
@@ -270,12 +272,25 @@ class Released(Policy):
         return released
 
     def velocity_of(self, network: nn.Module, prompts: Sequence[str]) -> pave.Velocity:
-        """The velocity of the model, or of its copy. The texts are moved to the device once."""
-        rows = torch.tensor([self.row[prompt] for prompt in prompts])
-        texts = self.texts.pick(rows, self.device)
-        return self.flow.velocity(
-            texts, self.height, self.width, self.guidance, self.empty, network
+        """The velocity of the model, or of its copy.
+
+        Texts are moved to the device once for a rollout: they stay for velocities of some of its
+        prompts, which tell rows of them and copy nothing.
+        """
+        if not self.near.keys() >= set(prompts):
+            self.near = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+            needed = torch.tensor([self.row[prompt] for prompt in self.near])
+            self.near_texts = self.texts.pick(needed).to(self.device, self.dtype)
+        rows = torch.tensor([self.near[prompt] for prompt in prompts])
+        rows = rows.to(self.device, non_blocking=True)
+        velocity = self.flow.velocity(
+            self.near_texts, self.height, self.width, self.guidance, self.empty, network
         )
+
+        def of_rows(x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+            return velocity(x, t, rows[prompt])
+
+        return of_rows
 
     def decode(self, x: Tensor) -> Tensor:
         return self.flow.decode(x, self.height, self.width, self.decode_batch)
