@@ -180,6 +180,7 @@ MODULES = {  # how the modules that are programs are shortened
     "zoo.training.evaluate": lambda words: set_flags(words, SHORT_JUDGING),
     "zoo.training.draw": lambda words: set_flags(words, {"--threads": "1"}),
     "zoo.training.pictures": lambda words: words,
+    "zoo.training.shipped": lambda words: [*words, "--help"],  # tests/training has it in small
     "zoo.oracle.draw_decomposition": lambda words: words,
     "zoo.oracle.draw_attribution": lambda words: words,
     "zoo.study": shortened_study,

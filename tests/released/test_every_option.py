@@ -92,6 +92,7 @@ RELEASED = {
 }
 ELSEWHERE = {"preset", "dry_run", "revision"}  # in tests of their own, below
 ELSEWHERE |= {"term_weights"}  # of the paper's form: in training/test_replay.py
+ELSEWHERE |= {"draw_at"}  # in training/test_run.py
 ELSEWHERE |= {"resume", "save_every", "poisoned"}  # in training/test_survival.py
 
 

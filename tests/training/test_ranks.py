@@ -1,6 +1,7 @@
 """Ranks: who does what, how all stop together, what is averaged; two of them are two threads."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -168,6 +169,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
     monkeypatch.setattr(torch, "set_num_threads", calls.set_num_threads)
+    monkeypatch.setattr(ranks_module, "keep_memory", calls.keep_memory)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(ranks_module.dist, "is_initialized", lambda: False)
     monkeypatch.setattr(ranks_module.dist, "init_process_group", calls.init)
@@ -183,8 +185,10 @@ def test_a_process_alone_needs_no_group(machine):
     alone = Ranks.start("cpu", 3)
     assert (alone.rank, alone.world, alone.device) == (0, 1, CPU)
     machine.calls.set_num_threads.assert_called_once_with(3)
+    machine.calls.keep_memory.assert_called_once_with()
     assert Ranks.start("auto", 0).device == torch.device("cuda:0")
     machine.calls.set_num_threads.assert_called_once_with(3)  # 0 leaves torch its choice
+    machine.calls.keep_memory.assert_called_once_with()  # CUDA has an allocator of its own
     alone.stop()
     assert not machine.calls.init.called and not machine.calls.destroy.called
 
@@ -237,6 +241,45 @@ def test_a_stop_is_one_line_after_the_traceback_of_others(cause, traced, monkeyp
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.endswith("error: the reward failed\n")
     assert ("KeyError: 'theirs'" in err) == traced and (traced or err.count("\n") == 1)
+
+
+FAULTS = """
+import resource
+from zoo.training.ranks import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        held = [bytearray(8 << 20) for _ in range(8)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+told = keep_memory()
+faults()
+print(told, first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_memory_that_is_freed_is_kept_for_the_next_tensors():
+    """Pages are asked for once, and not in every round anew."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    told, first, then = done.stdout.split()
+    assert told == "True" and int(then) < int(first) / 4, done.stdout
+
+
+@pytest.mark.parametrize("error", [None, OSError, TypeError])
+def test_another_libc_is_told_nothing(error, monkeypatch):
+    """One without mallopt, and a system that has no such library to ask."""
+
+    def library(name):
+        if error:
+            raise error
+        return object()
+
+    monkeypatch.setattr(ranks_module.ctypes, "CDLL", library)
+    assert not ranks_module.keep_memory()
 
 
 ALONE = """

@@ -204,6 +204,53 @@ def test_the_first_rank_writes_what_was_judged_drawn_and_saved(
     assert said[3].startswith("finished after 4 iterations and 0 s: look at a/b/before_after.png")
 
 
+def test_the_shipped_judgement_is_the_first_where_it_is_this_runs(
+    studio, written, monkeypatch, capsys
+):
+    """It is told the pictures just drawn; it is logged as if computed, and said to be shipped."""
+    asked = []
+
+    def judgement(o, data, block, ranks):
+        asked.append((o.seed, data, block.scores.item(), ranks.world))
+        means = {"16": {"first": 0.25, "second": 0.5}, "8": {"first": 0.75, "second": 1.0}}
+        return {"heldout": means, "family": {"kind": 0.0}, "diversity": 2.0}
+
+    monkeypatch.setattr(run_module.shipped, "judgement", judgement)
+    whole_run()
+    assert asked == [(5, Prompts(), pytest.approx(1 / 255), 2)]
+    assert studio.judged == [(16,), (16, 8)] and studio.blocks == 3
+    log = Path("a/b/metrics.jsonl").read_text().splitlines()
+    first = json.loads(log[0])
+    del first["seconds"]
+    assert first == {"iteration": 0, "heldout_first": 0.25, "heldout_second": 0.5}
+    summary = json.loads(Path("a/b/summary.json").read_text())
+    assert summary["heldout"]["before"]["8"] == {"first": 0.75, "second": 1.0}
+    assert summary["heldout_family"]["before"] == {"kind": 0.0}
+    assert summary["diversity"]["before"] == 2.0
+    said = [line for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert [line.endswith(" (shipped with the weights)") for line in said] == [True, False]
+
+
+def test_pictures_are_drawn_early_and_nothing_is_judged(studio, written, capsys):
+    """After the iterations named, each once, also where something is judged anyway."""
+    o = replace(O, eval_every=2, draw_at=(1, 2, 4, 9))
+    whole_run(o=o)
+    assert studio.judged == [(16, 8), (16,), (16, 8)]
+    titles = [list(columns) for columns, _ in studio.grids]
+    assert titles == [
+        ["before"],
+        ["before", "after 1 iterations"],
+        ["before", "after 2 iterations"],
+        ["before", "after 4 iterations"],
+    ]
+    assert [headed for _, headed in studio.grids] == [False, False, True, True]
+    assert [iteration for _, iteration, *_ in written if iteration in (1, 3)] == []
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after 1")]
+    assert said == ["after 1 iterations, 0 s: a/b/before_after.png"]
+    whole_run(rank=1, o=replace(o, out="c"))
+    assert studio.blocks == 8 and "c/" not in capsys.readouterr().out
+
+
 def test_another_rank_takes_part_and_leaves_nothing(studio, written, capsys):
     """It judges, draws and saves with the first, says nothing, and writes nothing."""
     Path("a/b").mkdir(parents=True)  # by the first rank

@@ -2,7 +2,8 @@
 
     world.py             the prompts (a grammar) and pictures of them, drawn at random
     rule.py              reads a picture and scores it by a prompt: the default reward
-    model.py             the velocity field, 0.60 M parameters; its weights are shapes.safetensors
+    model.py             the velocity field, 0.60 M parameters; its weights are shapes.safetensors,
+                         and before.safetensors how they are judged before any training
     pretrain.py          makes those weights                   python -m zoo.shapes.pretrain
     gradient_signal.py   where is the gradient not noise?      python -m zoo.shapes.gradient_signal
 

@@ -9,6 +9,7 @@ costs.py           what an iteration costs, before it is spent
 metrics.py         what is measured of an iteration: to add a metric, add it to `measure`
 draw.py            pictures by the ODE; a program: python -m zoo.training.draw
 evaluate.py        held-out judgement; a program: python -m zoo.training.evaluate
+shipped.py         what it gives before training; a program: python -m zoo.training.shipped
 run.py             the folder a run leaves
 pictures.py        its pictures; a program: python -m zoo.training.pictures
 """

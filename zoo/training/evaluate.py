@@ -54,6 +54,21 @@ def judge_heldout(
      "diversity": distance between pictures of one prompt, mean over prompts}
     """
     prompts, noise = data.pairs(policy.shape, o.heldout)
+    found = judge_pairs(o, policy, judges, prompts, noise, steps_list, ranks, listen)
+    return means_of(found, [policy.kind(prompt) for prompt in prompts], steps_list)
+
+
+def judge_pairs(
+    o: Options,
+    policy: policies.Policy,
+    judges: rewards.Rewards,
+    prompts: Sequence[str],
+    noise: Tensor,
+    steps_list: Sequence[int],
+    ranks: Ranks,
+    listen: Callable[[], None] | None = None,
+) -> list[Judged]:
+    """All batches of these (prompt, noise) pairs, in order, on every rank."""
     n, size = len(prompts), min(o.eval_batch, len(prompts))
     starts = range(0, n, size)
     # In every round every rank draws as many pictures, some for nothing: a sharded network needs
@@ -72,9 +87,7 @@ def judge_heldout(
         if mine:
             listed = {name: z.tolist() for name, z in scores.items()}
             found.append(Judged(steps, start, listed, distances_of(images)))
-    everything = sorted(chain.from_iterable(ranks.gather(found)), key=lambda z: z[:2])
-    kinds = [policy.kind(prompt) for prompt in prompts]
-    return means_of(everything, kinds, steps_list)
+    return sorted(chain.from_iterable(ranks.gather(found)), key=lambda z: z[:2])
 
 
 def distances_of(images: Tensor) -> list[float]:

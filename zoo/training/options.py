@@ -378,6 +378,12 @@ class Options:
         NATURAL,
         released=50,
     )
+    draw_at: tuple[int, ...] = judging(
+        (10, 20, 30),
+        "iterations after which before_after.png is drawn, without judging; with --model none",
+        Rule(f"numbers from 1 to {MOST}", lambda z: all(1 <= n <= MOST for n in z)),
+        released=(),
+    )
     compare_every: int = judging(
         0,
         "compare k-terms with the original, on its rollouts, every so many iterations; 0: never",
@@ -431,7 +437,7 @@ class Options:
 FREE = (
     *("iterations", "resume", "save_every", "dry_run", "device", "threads", "reward_timeout"),
     *("eval_every", "eval_batch", "rollout_batch", "update_batch", "reward_batch", "decode_batch"),
-    "checkpointing",
+    *("checkpointing", "draw_at"),
 )
 
 ABOUT: dict[str, About] = {f.name: f.metadata["about"] for f in dataclasses.fields(Options)}

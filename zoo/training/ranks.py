@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import traceback
@@ -87,6 +88,8 @@ class Ranks:
             torch.cuda.set_device(own)
             # Convolutions in true float32, as on the CPU.
             torch.backends.cudnn.allow_tf32 = False
+        else:
+            keep_memory()
         if threads:
             torch.set_num_threads(threads)
         if world > 1 and not dist.is_initialized():
@@ -157,6 +160,26 @@ class Ranks:
         for p in tuned:
             if p.grad is not None:  # None on every rank: no path leads there
                 self.mean(p.grad)
+
+
+# Of mallopt(3): from what size on memory comes from the system and goes back to it; how much may
+# lie free at the end of the heap. 32 MiB is the most that glibc takes for the first.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+MIB = 2**20
+
+
+def keep_memory() -> bool:
+    """Have glibc keep the memory of freed tensors for the next ones; whether it was so told.
+
+    It would give the larger ones back at once, and every page that is asked for again is a page
+    fault. Elsewhere than on Linux with glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return False
+    taken = mallopt(MMAP_THRESHOLD, 32 * MIB) and mallopt(TRIM_THRESHOLD, 1024 * MIB)
+    return bool(taken)
 
 
 def place() -> tuple[int, int, int]:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from zoo import style
 from zoo.rewards import spec as rewards
-from zoo.training import checkpoints, files, finite, pictures, policies
+from zoo.training import checkpoints, files, finite, pictures, policies, shipped
 from zoo.training.compare import Line, draw_comparison
 from zoo.training.draw import draw_block
 from zoo.training.evaluate import judge_heldout
@@ -147,6 +148,15 @@ class Run:
                 self.judge(done)
                 self.picture(f"after {done} iterations")
                 self.report(complete=False)
+            elif done in o.draw_at:
+                self.picture(f"after {done} iterations")
+                self.say_drawn()
+
+    def say_drawn(self) -> None:
+        """Where there is a picture to look at meanwhile; beside the progress bar."""
+        if self.ranks.leads:
+            spent = f"after {self.done} iterations, {time.perf_counter() - self.began:.0f} s"
+            tqdm.write(f"{spent}: {self.folder / 'before_after.png'}")
 
     def picture(self, title: str) -> None:
         """Draw before_after.png: what was drawn first, and what is drawn now."""
@@ -170,17 +180,20 @@ class Run:
         """Log the held-out means of the first number of ODE steps.
 
         Where `when` is said ("before", "after") those of all are judged, printed, and kept under
-        that name for summary.json.
+        that name for summary.json. Before training the shipped judgement may be this run's.
         """
         steps = self.o.eval_steps if when else self.o.eval_steps[:1]
+        kept = None
+        if when == "before":
+            kept = shipped.judgement(self.o, self.data, self.blocks[when], self.ranks)
         what = self.o, self.policy, self.judges, self.data, steps, self.ranks
-        result = judge_heldout(*what, self.listen)
+        result = kept or judge_heldout(*what, self.listen)
         if when:
             self.summary["heldout"][when] = result["heldout"]
             self.summary["heldout_family"][when] = result["family"]
             self.summary["diversity"][when] = result["diversity"]
             if self.ranks.leads:
-                print(f"{when}: {in_words(result)}")
+                print(f"{when}: {in_words(result)}{' (shipped with the weights)' if kept else ''}")
         first = result["heldout"][str(steps[0])]
         self.log(iteration, {f"heldout_{judge}": mean for judge, mean in first.items()})
 
