@@ -41,9 +41,9 @@ HOOKED = bugs.Patch(
     "scales gradients on their way back",
     "loss",
     "",
-    "    return PolicyLoss(kl * KL - J, terms, KL.item(), old)",
+    "    return PolicyLoss(kl * KL - J, terms, mean_KL, old)",
     "    if J.requires_grad:\n        J.register_hook(lambda g: 1.01 * g)\n"
-    "    return PolicyLoss(kl * KL - J, terms, KL.item(), old)",
+    "    return PolicyLoss(kl * KL - J, terms, mean_KL, old)",
 )
 OTHERS = bugs.Patch(
     "asks another prompt",

@@ -244,7 +244,7 @@ def unit_of(setting: Setting, scale: tuple[str, bool, str]) -> Tensor:
     return unit * (math.prod(setting.event) if reduction == "sum" else 1)
 
 
-@functools.cache
+@functools.lru_cache(128)
 def log_ratio_gradients(setting: Setting, convention: LossConvention) -> Tensor:
     """d log-ratio_k of each member by theta, a row for each k and member, in a convention."""
     group = group_of(setting)
