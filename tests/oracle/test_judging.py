@@ -359,6 +359,17 @@ def test_what_else_a_function_does_is_found(capsys):
     assert capsys.readouterr().out == ""
 
 
+def printing_nothing(x_s, mean, std):
+    print()
+    return pg.Transition(mean, std).log_prob(x_s)
+
+
+def test_an_empty_line_is_output_too():
+    """And no reason to fail."""
+    found = judging.judge(printing_nothing, SEED)
+    assert found.verdict == "agrees" and "it prints ''" in found.findings
+
+
 # ---- Conditions ----------------------------------------------------------------------------------
 
 VALUES = {

@@ -149,8 +149,8 @@ class Session:
             if not (drawing and name == "torch's random state"):
                 self.findings[f"it changes {name}"] = None
         if words["printed"] and not self.heard:
-            self.heard = words["printed"].strip().splitlines()[0][:60]
-            self.findings[f"it prints {self.heard!r}"] = None
+            self.heard = words["printed"]
+            self.findings[f"it prints {beginning(self.heard)!r}"] = None
         return reply
 
     def ask(self, setting: Setting) -> Case:
@@ -183,10 +183,14 @@ class Session:
             due = {name: Due(value) for name, value in before.items()}
             if not same or precision_of(*without_nan(again, due)) != "float64":
                 about = case.setting.described(self.level.shown)
-                return (
-                    f"asked again, it gives another answer ({about}): it depends on earlier calls"
-                )
+                what = "asked again, it gives another answer, by chance or by earlier calls"
+                return f"{what} ({about})"
         return ""
+
+
+def beginning(text: str) -> str:
+    """The first line that is not empty, as far as it is worth showing."""
+    return text.strip().partition("\n")[0][:60]
 
 
 class Scope(NamedTuple):
@@ -203,7 +207,7 @@ def scope_of(session: Session) -> Scope:
     said: list[str] = []
     answered: dict[str, tuple[Any, ...]] = {}
     while refused and len(said) < SCOPES:
-        # What two conditions refuse, neither explains: another refusal may be one of one of them.
+        # One that two conditions refuse is explained by neither; another may be by one of them.
         for case in refused[:STARTS]:
             found = condition_of(case.setting, session.is_refused, axes)
             left = [other for other in refused if not found.covers(other.setting)]
@@ -232,9 +236,7 @@ def first_difference(case: Case, due: dict[str, Due], shown: tuple[str, ...]) ->
             ours = due[name].value.expand_as(theirs)
             off = torch.nan_to_num((theirs - ours).abs(), nan=torch.inf)
             i = off.flatten().argmax()
-            numbers = (
-                f"{theirs.flatten()[i].item():.9g} where {ours.flatten()[i].item():.9g} is due"
-            )
+            numbers = f"{said(theirs.flatten()[i])} where {said(ours.flatten()[i])} is due"
             return f"{name} at {case.setting.described(shown)}: {numbers}"
     return ""
 
@@ -395,7 +397,7 @@ def verdict_of(session: Session, scope: Scope) -> Judgement:
         level=level.name,
         asked=len(cases),
         answered=len(answered),
-        verdict="disagrees" if first else "agrees",
+        verdict="disagrees" if bad or first else "agrees",
         conventions=told,
         scope=(*found.scope, *scope.said),
         findings=tuple(dict.fromkeys(seen)),
@@ -431,7 +433,7 @@ def judge_elsewhere(where: str, seed: int, limit: float) -> Judgement:
     finally:
         answerer.close()
     if printed:
-        words = f"it prints to stdout: {printed.splitlines()[0][:60]!r}"
+        words = f"it prints to stdout: {beginning(printed)!r}"
         found = found._replace(findings=(*found.findings, words))
     return found
 

@@ -44,6 +44,7 @@ class Here:
             raise CannotBeJudged(f"{function!r} is no function with named parameters") from None
 
     def answer(self, call: Message, about: str) -> Message:
+        """The reply; about is not needed, since nothing ends here."""
         return asked.perform(self.function, call)
 
 
@@ -90,6 +91,7 @@ class Elsewhere:
         return dict(words["parameters"])
 
     def answer(self, call: Message, about: str) -> Message:
+        """The reply, within what is left of the limit. Raises CannotBeJudged."""
         until = time.monotonic() + self.limit - self.spent
         # Where it has ended, or reads nothing, that is what its reply will tell.
         with contextlib.suppress(BrokenPipeError, TimeoutError):

@@ -7,6 +7,7 @@ which it always happens says nothing; another is named: only at t = 1, only from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ def word_axis(name: str) -> Axis:
         return f"{name} {value}"
 
     def ways(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
+        """One word; all but one."""
         yield from each(values, said)
 
     return Axis(said, ways)
@@ -124,6 +126,7 @@ def number_axis(name: str) -> Axis:
         return f"{name} = {value:g}"
 
     def ways(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
+        """One number; from it or below it; all but one."""
         for value in values:
             yield said(value), is_value(value)
         yield from thresholds(values, identity, name)
@@ -196,13 +199,9 @@ def say_event(event: tuple[int, ...]) -> str:
 def ways_of_events(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
     """By the number of axes, or of dimensions."""
 
-    def size(event: tuple[int, ...]) -> float:
-        product = 1
-        for n in event:
-            product *= n
-        return product
-
     def axes(n: int) -> Test:
+        """Are there n axes?"""
+
         def test(event: tuple[int, ...]) -> bool:
             return len(event) == n
 
@@ -213,7 +212,7 @@ def ways_of_events(values: Sequence[Any]) -> Iterator[tuple[str, Test]]:
     yield from thresholds(values, len, "axes")
     for n in range(1, 5):
         yield f"where states have not {n} {'axis' if n == 1 else 'axes'}", negated(axes(n))
-    yield from thresholds(values, size, "dimensions")
+    yield from thresholds(values, math.prod, "dimensions")
     yield from each(values, say_event)
 
 

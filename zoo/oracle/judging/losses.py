@@ -65,6 +65,7 @@ class AdvantagesLevel(Level):
     unobservable = ("mean or sum", "constants", "1/(2 std^2)", "g or std", "clip", "weights", "KL")
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
+        """Kinds of rewards, sizes and numbers of groups."""
         return {"rewards": REWARDS, "rows": (8, 2, 5, OUTLIER_GROUP), "groups": (1, 2, 3)}
 
     def settings(self) -> list[Setting]:
@@ -82,21 +83,25 @@ class AdvantagesLevel(Level):
         return rewards_of(setting.rewards, setting.groups, setting.rows, generator)
 
     def call(self, setting: Setting) -> Message:
+        """rewards [N, G]."""
         return message({}, {"rewards": self.rewards(setting)})
 
     def read(self, reply: Message, setting: Setting) -> Values:
+        """{"A": [N, G]}. Raises Unusable for other values or shapes."""
         shape = (setting.groups, setting.rows)
         if len(reply.words["returned"]) != 1:
             raise Unusable(f"returns {len(reply.words['returned'])} values, must be 1")
         return {"A": shaped(tensor_of(reply, 0, "the advantages"), shape, "advantages")}
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        """Std, eps and clamp, as zoo/oracle/judging/advantages.py reads them."""
         answered = [case for case in cases if case.values is not None]
         found = recognised_advantages(answered, self.rewards)
         told = found.told() if found else {}
         return Recognised(found or Advantages(), told)
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        """A [N, G]; by a patched copy as near to the convention as its arguments go."""
         if module is pave:
             return {"A": Due(convention.of(self.rewards(setting)), 1e-3)}
         return {"A": Due(module_advantages(module, convention, self.rewards(setting)), 1e-3)}
@@ -170,6 +175,7 @@ class LossLevel(Level):
         self.unobservable = ("constants", "g or std", *one, *kl)  # type: ignore[misc]
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
+        """All that a loss depends on, several groups and a KL where they are asked for."""
         axes: Axes = {
             "factors": ((), (2,), (3,), (2, 3), (4,), (2, 5, 7), (5,), (6,), (7,)),
             "policy": ("off", "on"),
@@ -204,6 +210,7 @@ class LossLevel(Level):
         return drawn
 
     def call(self, setting: Setting) -> Message:
+        """The group [B, *event], B = P G, its rewards [B], S, clip, and the velocities."""
         group = group_of(setting)
         t, s = setting.times
         numbers = {
@@ -226,6 +233,7 @@ class LossLevel(Level):
         return message(numbers, tensors, velocities, prompted, "theta")
 
     def read(self, reply: Message, setting: Setting) -> Values:
+        """{"loss": [], "gradient": [parameters of theta]}. Raises Unusable for another loss."""
         if len(reply.words["returned"]) != 1:
             raise Unusable(f"returns {len(reply.words['returned'])} values, must be a scalar")
         value = tensor_of(reply, 0, "the loss")
@@ -234,11 +242,13 @@ class LossLevel(Level):
         return {"loss": value.double().reshape(()), "gradient": reply.tensors["gradient"]}
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        """The loss and its gradient by theta, under a LossConvention."""
         if module is pave:
             return due_under(setting, convention)
         return due_by(module, setting, convention)
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        """By experiments: zoo/oracle/judging/recognising.py."""
         reader = Recogniser(self.axes, self.seeds, cases, ask)
         found = reader.found()
         self.reads_advantages = reader.reads_advantages

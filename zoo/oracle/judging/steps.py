@@ -137,6 +137,7 @@ class TransitionLevel(Level):
     unobservable = ("gradient", "mean or sum", "constants", "1/(2 std^2)", "ddof", "eps", "clamp")
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
+        """k from 1 to 7, and what a step has; several groups where prompts are asked for."""
         groups = (1, 2, 3) if "prompt" in self.parameters else (1,)
         return {
             "k": range(1, 8),
@@ -166,6 +167,7 @@ class TransitionLevel(Level):
         return drawn
 
     def call(self, setting: Setting) -> Message:
+        """x [B, *event], t, s, k, kernel, eta, a velocity; prompt [B] where it is asked for."""
         x, prompt = chain_begin(setting)
         t, s = setting.times
         numbers = {"t": t, "s": s, "k": setting.k, "kernel": setting.kernel, "eta": setting.eta}
@@ -175,6 +177,7 @@ class TransitionLevel(Level):
         return message(numbers, tensors, velocities, prompted)
 
     def read(self, reply: Message, setting: Setting) -> Values:
+        """{"mean": [B, *event], "std": [B]}. Raises Unusable for other values or shapes."""
         x, _ = chain_begin(setting)
         if len(reply.words["returned"]) != 2:
             raise Unusable(f"returns {len(reply.words['returned'])} values, must be 2: mean, std")
@@ -182,12 +185,14 @@ class TransitionLevel(Level):
         return {"mean": mean, "std": one_per_row(tensor_of(reply, 1, "the std"), len(x), "a std")}
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        """mean and std of p^(k)(x_s | x), std or g = std / sqrt(D) as each kernel calls it."""
         p = chain_end(setting, module)
         called = convention.get(setting.kernel, CALLED[0])
         D = (setting.times[0] - setting.times[1]) / setting.k
         return {"mean": Due(p.mean), "std": Due(p.std if called == CALLED[0] else p.std / D**0.5)}
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        """Which kernels call g their std."""
         convention = {}
         for kernel in choices(cases):
             convention[kernel] = best(CALLED, functools.partial(self.agreements, cases, kernel))
@@ -236,6 +241,7 @@ class LogProbLevel(Level):
     unobservable = ("gradient", "g or std", "ddof", "eps", "clamp")
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
+        """Shapes of states, and numbers of rows."""
         return {"event": draw_events(generator), "rows": (5, 7)}
 
     def settings(self) -> list[Setting]:
@@ -254,21 +260,25 @@ class LogProbLevel(Level):
         return mean + pave.per_row(std, mean) * normal(generator, *shape) * 1.5, mean, std
 
     def call(self, setting: Setting) -> Message:
+        """x_s, mean [B, *event], std [B]."""
         x_s, mean, std = self.given(setting)
         return message({}, {"x_s": x_s, "mean": mean, "std": std})
 
     def read(self, reply: Message, setting: Setting) -> Values:
+        """{"log-probability": [B]}. Raises Unusable for other values or shapes."""
         if len(reply.words["returned"]) != 1:
             raise Unusable(f"returns {len(reply.words['returned'])} values, must be 1")
         value = tensor_of(reply, 0, "the log-probability")
         return {"log-probability": one_per_row(value, setting.rows, "a log-probability")}
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        """log N(x_s; mean, std^2 I) [B], under a LogProbConvention."""
         x_s, mean, std = self.given(setting)
         p = module.Transition(mean, std)
         return {"log-probability": log_prob_due(module, p, x_s, mean.abs(), convention)}
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        """Reduction, constants, and whether 1/(2 std^2) is there."""
         convention = best(LOG_PROB_CONVENTIONS, functools.partial(self.agreements, cases))
         told = {
             "mean or sum": convention.reduction,
@@ -313,6 +323,7 @@ class StepLevel(Level):
         self.gradient = dict.fromkeys(pave.KERNELS, "v")
 
     def draw_axes(self, generator: torch.Generator) -> Axes:
+        """What one step has; one kernel where the function names none."""
         return {
             "kernel": tuple(pave.KERNELS) if "kernel" in self.parameters else (NAMELESS,),
             "times": draw_times(generator),
@@ -342,6 +353,7 @@ class StepLevel(Level):
         return has_density(self.kernel_of(setting), setting.times)
 
     def call(self, setting: Setting, samples: bool = False) -> Message:
+        """v, x_t, x_s [B, *event] (None: it samples), t, s, eta, and kernel where it is named."""
         v, x_t, x_s = step_states(setting)
         t, s = setting.times
         numbers: dict[str, Any] = {"t": t, "s": s, "eta": setting.eta}
@@ -394,6 +406,7 @@ class StepLevel(Level):
         return True
 
     def read(self, reply: Message, setting: Setting) -> Values:
+        """What was returned of QUANTITIES, in their order. Raises Unusable for other shapes."""
         rows = setting.rows
         shape = (rows, *setting.event)
         returned = reply.words["returned"]
@@ -419,6 +432,7 @@ class StepLevel(Level):
         return {name: values[name] for name in QUANTITIES if name in values}
 
     def due(self, setting: Setting, convention: Any, module: ModuleType = pave) -> dict[str, Due]:
+        """QUANTITIES of the step, each kernel under the Chosen that is its own."""
         kernel = self.kernel_of(setting)
         return self.due_under(setting, kernel, convention.get(kernel, Chosen()), module)
 
@@ -429,6 +443,7 @@ class StepLevel(Level):
         return step_due(step_asked(setting, kernel, chosen.log_prob.reduction, module), chosen)
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
+        """The convention of each kernel, and which kernel it is of a function that names none."""
         more = () if self.is_named else self.choose_kernel(cases, ask)
         everything = [*cases, *more]
         convention = {}
