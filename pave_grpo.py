@@ -381,22 +381,57 @@ def transition_at(process: Process, x: Tensor, v: Tensor, i: int) -> Transition:
     return process.transition(x, v, t.expand(x.shape[:2]), s.expand(x.shape[:2]))
 
 
+def finished(
+    velocity: Velocity, process: Process, x: Tensor, i: int, stride: int, order: int
+) -> Tensor:
+    """x_0 of x [P, R, *event] at point i of the grid, by ODE steps that span `stride` of its steps.
+
+    The first spans what is left over. Of length D each, they ask for one velocity; order 1 and 2
+    are Euler's x <- x - D v, and, after a first such step, Adams' and Bashforth's, which continues
+    the line through v and the velocity before it:  x <- x - D (v + D/(2 D_before) (v - v_before)).
+    """
+    grid = process.grid.tolist()
+    T = len(grid) - 1
+    second = T - (T - 1 - i) // stride * stride
+    v_before: Tensor | None = None
+    D_before = 0.0
+    points = [i, *range(second, T + 1, stride)]
+    for here, there in pairwise(points):
+        D = grid[here] - grid[there]
+        v = velocity_at(velocity, process, x, here)
+        slope = v
+        if v_before is not None:
+            slope = v + D / (2 * D_before) * (v - v_before)
+        x = x - D * slope
+        v_before = v if order == 2 else None
+        D_before = D
+    return x
+
+
 @torch.no_grad()
 def rollout_independent(
-    velocity: Velocity, process: Process, noise: Noise, sde_steps: Sequence[int] | None = None
+    velocity: Velocity,
+    process: Process,
+    noise: Noise,
+    sde_steps: Sequence[int] | None = None,
+    stride: int = 1,
+    order: int = 1,
 ) -> Rollout:
     """G trajectories per prompt, each a chain of its own (Algorithm 1 as printed).
 
-    Steps that are not stochastic are Euler steps of the ODE. x_1 is shared by the group or each
-    member's own, as the noise has it. One velocity call per time. Raises ValueError for steps or
-    noise that do not fit.
+    Steps that are not stochastic are Euler steps of the ODE, or after the last stochastic one those
+    of `finished`, with stride and order. x_1 is shared by the group or each member's own, as the
+    noise has it. One velocity call per time. Raises ValueError for steps, noise, stride or order
+    that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
     P, _, G = noise.z.shape[:3]
     check_noise(noise, steps, starts=(1, G))
+    check_finish(stride, order)
+    grid = process.grid.tolist()
     x = noise.x_1.expand(P, G, *noise.x_1.shape[2:])
     observed: list[Observed] = []
-    for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
+    for i in range(steps[-1] + 1):
         v = velocity_at(velocity, process, x, i)
         if i in steps:
             p = transition_at(process, x, v, i)
@@ -404,36 +439,43 @@ def rollout_independent(
             observed.append(Observed(x, x_s, p.log_density(x_s, "sum"), v))
             x = x_s
         else:
-            x = x - (t - s) * v
-    return rollout_of(process, steps, observed, x_0=x.unsqueeze(1))
+            x = x - (grid[i] - grid[i + 1]) * v
+    x_0 = finished(velocity, process, x, steps[-1] + 1, stride, order)
+    return rollout_of(process, steps, observed, x_0.unsqueeze(1))
 
 
 @torch.no_grad()
 def rollout_shared_anchor(
-    velocity: Velocity, process: Process, noise: Noise, sde_steps: Sequence[int] | None = None
+    velocity: Velocity,
+    process: Process,
+    noise: Noise,
+    sde_steps: Sequence[int] | None = None,
+    stride: int = 1,
+    order: int = 1,
 ) -> Rollout:
     """One ODE trajectory per prompt, the anchor; at each stochastic step G members branch from it.
 
-    They finish by ODE, and each (prompt, step) is a group of its own: the released training
-    setting. The anchor stops after its last stochastic step. All live rows advance in one velocity
-    call per time. Raises ValueError for steps or noise that do not fit.
+    Each (prompt, step) is a group of its own, whose members get to their x_0 by the ODE steps of
+    `finished`, with stride and order: the released training setting at 1 and 1. The anchor stops
+    after its last stochastic step. One velocity call per time of the anchor, and of each step's
+    members. Raises ValueError for steps, noise, stride or order that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
     check_noise(noise, steps, starts=(1,))
-    x = noise.x_1  # [P, R, *event]: the anchor, and G members of every step branched so far
+    check_finish(stride, order)
+    grid = process.grid.tolist()
+    x = noise.x_1
     observed: list[Observed] = []
-    for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
+    x_0: list[Tensor] = []
+    for i in range(steps[-1] + 1):
         v = velocity_at(velocity, process, x, i)
-        moved = x - (t - s) * v  # an ODE step of every row
         if i in steps:
-            x_t = x[:, :1].clone()  # a view would keep the rows of all members
-            v_t = v[:, :1].clone()
-            p = transition_at(process, x_t, v_t, i)
+            p = transition_at(process, x, v, i)
             x_s = p.sample(noise.z[:, len(observed)])
-            observed.append(Observed(x_t, x_s, p.log_density(x_s, "sum"), v_t))
-            moved = torch.cat([moved, x_s], dim=1)
-        x = moved[:, 1:] if i == steps[-1] else moved  # the anchor has no more to do
-    return rollout_of(process, steps, observed, x_0=x.reshape(noise.z.shape))
+            observed.append(Observed(x, x_s, p.log_density(x_s, "sum"), v))
+            x_0.append(finished(velocity, process, x_s, i + 1, stride, order))
+        x = x - (grid[i] - grid[i + 1]) * v
+    return rollout_of(process, steps, observed, torch.stack(x_0, dim=1))
 
 
 @torch.no_grad()
@@ -766,6 +808,12 @@ def check_noise(noise: Noise, steps: tuple[int, ...], starts: Sequence[int]) -> 
         given = f"noise with x_1 {tuple(noise.x_1.shape)} and z {tuple(noise.z.shape)}"
         wanted = f"[P, {' or '.join(map(str, starts))}, *event] and [P, {len(steps)}, G, *event]"
         raise ValueError(f"{given}: must be {wanted}")
+
+
+def check_finish(stride: int, order: int) -> None:
+    """A step spans one grid step or more, and continues a constant or a line."""
+    if type(stride) is not int or stride < 1 or order not in (1, 2):
+        raise ValueError(f"stride={stride}, order={order}: must be an integer >= 1, and 1 or 2")
 
 
 def check_group(rewards: Tensor, ddof: int, eps: float, clamp: float | None) -> None:

@@ -129,7 +129,8 @@ def iterate(
         generators, o.group_size, policy.shape, len(steps), o.own_start, device=ranks.device
     )
     velocity = chunked(policy.velocity(prompts), o.rollout_batch)
-    rollout = ROLLOUTS[o.rollouts](velocity, process, noise, steps)
+    sample = ROLLOUTS[o.rollouts]
+    rollout = sample(velocity, process, noise, steps, o.finish_stride, o.finish_order)
     finite.require(ranks, iteration, finite.among("a sample", prompts, rollout.x_0))
 
     # 2. Reward every finished sample x_0; A = (r - mean r) / std r in its group.

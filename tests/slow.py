@@ -250,6 +250,23 @@ def slow_rollout(velocity, process, x_1, z, prompt):
     return x, observed
 
 
+def slow_finish(velocity, process, x, i, stride, order, prompt):
+    """x_0 of one state x [1, *event] at point i of the grid, in steps counted from the end.
+
+    Order 2 takes the line through this velocity and the one before it, in the middle of the step.
+    """
+    grid = process.grid.tolist()
+    points = [grid[i], *grid[::-1][: len(grid) - 1 - i : stride][::-1]]
+    before = None
+    for t, s in pairwise(points):
+        with torch.no_grad():
+            v = velocity(x, torch.tensor([t], dtype=x.dtype), prompt)
+        rise = 0.0 if before is None else (v - before[1]) / (t - before[0])
+        x = x + (s - t) * (v + rise * ((t + s) / 2 - t))
+        before = (t, v) if order == 2 else None
+    return x
+
+
 # ---- Small rollouts ------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Both rollout modes: against one row at a time, against closed-form laws, and their accounting."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from slow import (
     of_prompts,
     roll,
     seeds,
+    slow_finish,
     slow_rollout,
     some_advantages,
     times,
@@ -93,6 +94,42 @@ def test_shared_anchor_is_the_slow_loop(seed, kernel, eta, steps):
                 assert (rollout.x_t[p, j] - x_t).abs().max() <= LOOP
                 assert (rollout.x_s[p, j, g] - x_s).abs().max() <= LOOP
                 assert (rollout.x_0[p, j, g] - x_0).abs().max() <= LOOP
+
+
+strides = st.integers(1, 6)
+orders = st.sampled_from((1, 2))
+
+
+@given(seed=seeds, mode=modes, steps=step_sets, stride=strides, order=orders)
+@example(seed=0, mode="independent", steps=[1], stride=2, order=2)  # a short step, a long one
+@example(seed=0, mode="shared_anchor", steps=[0, 4], stride=3, order=2)
+def test_the_way_to_the_picture_is_the_slow_one(seed, mode, steps, stride, order):
+    """After the last noise ODE steps of any stride and order; nothing before it is another."""
+    process, P, G = pg.Process(pg.schedule(5, 2.0)), 2, 3
+    noise = pg.draw_noise(generators(seed, P), G, (3,), len(steps), dtype=torch.float64)
+    plain = SAMPLERS[mode](FLOW, process, noise, steps)
+    rollout = SAMPLERS[mode](FLOW, process, noise, steps, stride, order)
+    for name in ("x_t", "x_s", "v", "log_prob"):
+        assert torch.equal(getattr(rollout, name), getattr(plain, name))
+    last = range(len(steps)) if mode == "shared_anchor" else [len(steps) - 1]
+    for p, (row, j), g in product(range(P), enumerate(last), range(G)):
+        x_s, prompt = rollout.x_s[p, j, g][None], torch.tensor([p])
+        x_0 = slow_finish(FLOW, process, x_s, steps[j] + 1, stride, order, prompt)
+        assert (rollout.x_0[p, row, g] - x_0).abs().max() <= LOOP
+
+
+@pytest.mark.parametrize("order", (1, 2))
+def test_the_order_of_the_way_to_the_picture(order):
+    """Halving the steps of a curved flow divides what is left to the fine solution by 2^order."""
+
+    def x_0(T):
+        process = pg.Process(torch.cat([torch.ones(1), pg.schedule(T, 3.0) * 0.9]))
+        noise = pg.Noise(normal(0, 1, 1, 3), normal(1, 1, 1, 2, 3))
+        return pg.rollout_shared_anchor(FLOW, process, noise, [0], order=order).x_0
+
+    fine = x_0(4096)
+    far, near = ((x_0(T) - fine).norm().item() for T in (64, 128))
+    assert order - 0.15 < math.log2(far / near) < order + 0.15
 
 
 def test_ode_sample_is_the_slow_loop():
@@ -267,29 +304,48 @@ def test_e11_one_step_from_the_exact_marginal(kernel):
 # ---- Accounting ----------------------------------------------------------------------------------
 
 
-def assert_one_call_per_time(velocity, grid):
-    """The calls of a rollout walk down the grid, every row of a call at the same time."""
-    assert len(velocity.t) == len(grid) - 1
-    for called, t in zip(velocity.t, grid[:-1], strict=True):
-        assert (called == t).all()
+def calls_of(velocity):
+    """[(t, rows)] of a rollout's calls, every row of a call at the same time."""
+    assert all((t == t[0]).all() for t in velocity.t)
+    return [(t[0].item(), len(t)) for t in velocity.t]
 
 
 @pytest.mark.parametrize("steps", [[0, 2, 4], [3], [5]])
 def test_shared_anchor_cost(steps):
-    """A prompt costs G sum_i (T-1-i) rows for its branches and max_i + 1 for its anchor."""
+    """A prompt costs G sum_i (T-1-i) rows for its branches and max_i + 1 for its anchor.
+
+    One call for each time of the anchor, and for each time of a step's branches, of all prompts.
+    """
     process, P, G, T = pg.Process(pg.schedule(6, 3.0)), 2, 4, 6
-    velocity = Counting(FLOW)
+    velocity, t = Counting(FLOW), process.grid.tolist()
     roll("shared_anchor", velocity, process, P, G, steps=steps)
     assert velocity.rows == P * (G * sum(T - 1 - i for i in steps) + max(steps) + 1)
-    assert_one_call_per_time(velocity, process.grid)
+    anchor = [(t[i], P) for i in range(max(steps) + 1)]
+    branches = [(t[j], P * G) for i in steps for j in range(i + 1, T)]
+    assert sorted(calls_of(velocity)) == sorted(anchor + branches)
+
+
+@each_mode
+def test_a_shorter_way_costs_less(mode):
+    """From t_2 of 8 points every third: t_2, t_4, t_7 at order 1 and 2 alike."""
+    process, t = pg.Process(pg.schedule(10)), pg.schedule(10).tolist()
+    for order in (1, 2):
+        velocity = Counting(FLOW)
+        noise = pg.draw_noise(generators(0, 2), 4, (3,), 1, dtype=torch.float64)
+        SAMPLERS[mode](velocity, process, noise, [1], 3, order)
+        before = 2 if mode == "shared_anchor" else 8
+        assert calls_of(velocity) == [
+            (t[0], before),
+            (t[1], before),
+            *((t[i], 8) for i in (2, 4, 7)),
+        ]
 
 
 def test_independent_cost():
-    """P G trajectories of T steps are P G T rows."""
+    """P G trajectories of T steps are P G T rows, in one call per time."""
     process, velocity = pg.Process(pg.schedule(6, 3.0)), Counting(FLOW)
     roll("independent", velocity, process, P=2, G=4, steps=[1, 3])
-    assert velocity.rows == 2 * 4 * 6
-    assert_one_call_per_time(velocity, process.grid)
+    assert calls_of(velocity) == [(t, 2 * 4) for t in process.grid[:-1].tolist()]
 
 
 @given(seed=seeds, kernel=kernels, mode=modes, P=st.integers(2, 4))
@@ -397,6 +453,17 @@ def test_noise_that_does_not_fit_is_refused(mode, x_1, z):
     noise = pg.Noise(torch.zeros(x_1), torch.zeros(z))
     with pytest.raises(ValueError, match=r"^noise with x_1 .* and z .*: must be .*$"):
         SAMPLERS[mode](FLOW, pg.Process(pg.schedule(4)), noise, [0, 2])
+
+
+@pytest.mark.parametrize("stride, order", [(0, 1), (-1, 1), (1.0, 1), (2, 0), (2, 3)])
+@each_mode
+def test_a_way_that_cannot_be_is_refused(mode, stride, order):
+    """Before any work: a step spans a whole number of grid steps, and is of order 1 or 2."""
+    noise = pg.Noise(torch.zeros(1, 1, 3), torch.zeros(1, 1, 2, 3))
+    velocity = Counting(FLOW)
+    with pytest.raises(ValueError, match=r"^stride=.*, order=.*: must be an integer"):
+        SAMPLERS[mode](velocity, pg.Process(pg.schedule(4)), noise, [0], stride, order)
+    assert not velocity.t
 
 
 @pytest.mark.parametrize("P, G, n", [(1, 1, 2), (1, 0, 2), (1, 4, 0), (0, 4, 2)])

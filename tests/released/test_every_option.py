@@ -91,6 +91,7 @@ RELEASED = {
     "decode_batch": ("3", 3),
 }
 ELSEWHERE = {"preset", "dry_run", "revision"}  # in tests of their own, below
+ELSEWHERE |= {"finish_stride", "finish_order"}
 ELSEWHERE |= {"term_weights"}  # of the paper's form: in training/test_replay.py
 ELSEWHERE |= {"draw_at"}  # in training/test_run.py
 ELSEWHERE |= {"resume", "save_every", "poisoned"}  # in training/test_survival.py
@@ -130,6 +131,7 @@ class Spies:
 
 WATCHED = [
     (pave, "draw_noise"),
+    (pave, "finished"),
     (pave, "policy_loss"),
     (pave, "ode_sample"),
     (train, "weights_of"),
@@ -345,3 +347,17 @@ def test_a_revision_is_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr(options.policies, "Released", asked)
     options.policy_of(options.Options(model="owner/name", revision="abc"))
     assert asked.call_args.args == ("owner/name", "abc")
+
+
+def test_the_way_to_the_picture_arrives(tmp_path):
+    """Five grid steps after the stochastic one, as three ODE steps of the second order."""
+    words = (
+        "--steps 6 --sde-steps 0 --finish-stride 2 --finish-order 2 --prompts train.txt "
+        "--eval-prompts heldout.txt --prompts-per-iteration 1 --group-size 2 --iterations 1 "
+        "--heldout 4 --eval-steps 1 --draw-at --device cpu"
+    )
+    spies = watched_run(words.split(), tmp_path, ("a red circle", "two blue squares"))
+    (call,) = spies.calls["finished"]
+    assert (call.i, call.stride, call.order) == (1, 2, 2)
+    sampled = [len(call.x) for call in spies.calls["forward"] if not call.graded]
+    assert sampled.count(2) == 3  # of the group; what is drawn has rows in fours

@@ -30,8 +30,8 @@ RELEASED = Options(
 )
 # Steps 1 and 3 of 5 branch. A prompt's anchor takes steps 0 to 3: 4 rows; 3 members of step 1 take
 # steps 2, 3, 4: 9 rows; 3 members of step 3 take step 4: 3 rows. Of 6 prompts: 24 + 54 + 18 = 96.
-# Most at once are at step 4: 6 members of 6 prompts, 36. States: 6 prompts by 2 steps, 12. Each
-# asks for 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 96 +
+# Most at once are 3 members of 6 prompts, 18. States: 6 prompts by 2 steps, 12. Each asks for
+# 1 + 1 + 3 velocities in each of 2 updates, and for 1 of the reference. Forwards: 96 +
 # 4 x 120 + 24 = 600, and without S 96 + 4 x 24 + 24 = 216. A rank has 3 prompts by 2 steps, and at
 # most 5 states, which is 2 prompts, a pass.
 PRINTED = """\
@@ -39,7 +39,7 @@ one iteration: 36 images in groups of 3 from 6 prompts on 2 ranks (cuda)
   velocity evaluations: 96 sampled, 120 trained (4 forwards each), 24 reference; \
 each is 2 rows of the network, for guidance
   S = {2, 4} adds 96 trained evaluations, 177.8 % more forwards; no image, no reward
-  on a rank: 18 images; velocity calls of a step at most 3 of up to 7 rows (--rollout-batch 7); \
+  on a rank: 18 images; velocity calls of a step at most 2 of up to 7 rows (--rollout-batch 7); \
 VAE calls 9 of up to 2 (--decode-batch 2); reward calls 4 of up to 5 (--reward-batch 5)
   2 updates, each of 6 observed states on a rank in backward passes: 2 of up to 4 \
 (--update-batch 5), gradients added up: the same gradient
@@ -87,6 +87,16 @@ def policy(rows, frozen, sharded):
 def test_the_cost_is_what_was_worked_out(o, made, ranks, device, printed):
     """Every number of every line; steps 1 and 3 are stochastic, four prompts are held out."""
     assert costs.describe(o, (1, 3), made, 4, ranks, device) == printed
+
+
+# Steps 1 and 3 of 9; the way to the picture from step 1 is 7 grid steps, from step 3 it is 5. By
+# 2 at once 4 and 3: anchors 4 rows each, members 3 (4 + 3). Chains 4 steps, and then 3.
+@pytest.mark.parametrize("rollouts, sampled", [("shared_anchor", 25), ("independent", 21)])
+def test_a_shorter_way_is_counted(rollouts, sampled):
+    """Of two prompts, three members each."""
+    sizes = dict(prompts_per_iteration=2, group_size=3, steps=9)
+    o = Options(rollouts=rollouts, finish_stride=2, **sizes)
+    assert costs.cost_of(o, (1, 3), ()).sampled == 2 * sampled
 
 
 def test_a_judge_of_its_own_needs_no_warning():

@@ -28,6 +28,7 @@ from zoo.training.options import (
     WITH_MODEL,
     WITH_PAPER_TERMS,
     Options,
+    finishing_steps,
     is_run,
     policy_of,
     prompts_of,
@@ -288,5 +289,17 @@ def check_contents(o: Options) -> Prompts:
             world.parse(prompt)
     if not o.model:
         shapes_model.tokenize(asked)
-    stochastic_steps(o, policy_of(o))
+    check_finish(o, stochastic_steps(o, policy_of(o)))
     return data
+
+
+def check_finish(o: Options, steps: Sequence[int]) -> None:
+    """The way from the stochastic steps to a picture is as long as its options need it."""
+    last = steps[0] if o.rollouts == "shared_anchor" else steps[-1]
+    left = o.steps - 1 - last
+    if o.finish_stride > max(1, left):
+        wanted = f"{max(1, left)} or less, as {left} grid steps follow stochastic step {last}"
+        raise refusal(o, "finish_stride", wanted)
+    if o.finish_order == 2 and finishing_steps(o, last) < 2:
+        wanted = f"1, as fewer than two ODE steps follow stochastic step {last}"
+        raise refusal(o, "finish_order", wanted)

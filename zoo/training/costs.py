@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from zoo.rewards import spec as rewards
 from zoo.training import policies
-from zoo.training.options import Options, terms_of
+from zoo.training.options import Options, finishing_steps, terms_of
 from zoo.training.prompts import IMAGES_PER_PROMPT
 
 
@@ -47,22 +47,23 @@ def part_sizes(prompts: int, steps: int, members: int, batch: int) -> tuple[int,
 
 def cost_of(o: Options, steps: Sequence[int], factors: Sequence[int]) -> Cost:
     """Counted for the stochastic steps and S."""
-    P, G, T, n = o.prompts_per_iteration, o.group_size, o.steps, len(steps)
+    P, G, n = o.prompts_per_iteration, o.group_size, len(steps)
+    before = steps[-1] + 1  # grid steps up to the end of the last stochastic one
     if o.rollouts == "shared_anchor":
-        # The anchor goes up to its last stochastic step; G members of each finish from there.
+        # The anchor goes that far; G members of each stochastic step finish from there.
         images, states = P * G * n, P * n
-        anchor = [int(i <= steps[-1]) for i in range(T)]
-        rows = [P * (anchor[i] + G * sum(j < i for j in steps)) for i in range(T)]
+        after = sum(finishing_steps(o, i) for i in steps)
+        sampled, live = P * (before + G * after), P * G if after else P
     else:
         images, states = P * G, P * G * n
-        rows = [P * G] * T
+        sampled, live = P * G * (before + finishing_steps(o, steps[-1])), P * G
     return Cost(
         images=images,
-        sampled=sum(rows),
+        sampled=sampled,
         trained=o.updates * states * (1 + sum(k - 1 for k in factors)),
         reference=o.updates * states if o.kl else 0,
         states=states,
-        live=max(rows),
+        live=live,
     )
 
 

@@ -296,6 +296,15 @@ class Options:
         choices=tuple(ROLLOUTS),
     )
     own_start: bool = method(False, "every member starts from its own noise", only=WITH_CHAINS)
+    finish_stride: int = method(
+        1,
+        "grid steps that an ODE step spans on the way from the last noise to the picture; above 1 "
+        "rollouts take fewer evaluations, and their rewards are of other pictures",
+        COUNT,
+    )
+    finish_order: int = method(
+        1, "these ODE steps: 1, Euler's, or 2, by two velocities (Adams-Bashforth)", choices=(1, 2)
+    )
     form: str = method(
         "paper",
         "density of the k-terms: the paper's, or matched to the one that sampled (E7); midpoint: "
@@ -494,6 +503,11 @@ def stochastic_steps(o: Options, policy: policies.Policy, iteration: int = 1) ->
         said = f"--window-every {o.window_every}: must be 0, since --sde-steps"
         raise ValueError(f"{said} {' '.join(map(str, first))} cannot move by {o.window_by}")
     return places[(iteration - 1) // o.window_every % len(places)]
+
+
+def finishing_steps(o: Options, i: int) -> int:
+    """ODE steps from the end of stochastic step i to the picture."""
+    return math.ceil((o.steps - 1 - i) / o.finish_stride)
 
 
 def windows(first: tuple[int, ...], able: Sequence[int], by: int) -> list[tuple[int, ...]]:
