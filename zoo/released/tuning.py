@@ -9,8 +9,9 @@
 Masters, the weights that an optimiser moves, are float32 whatever the model computes in: an update
 of 1e-4 of a weight is below bfloat16's rounding. On several ranks `full` is sharded by FSDP2: each
 rank keeps its slice of every weight, gradient and moment, and a block's weights are gathered, in
-the dtype of computation, only while it runs; within `gathered` all of them stay. LoRA is replicated, with B at zero at the start: the
-first policy is the released model. torch, peft and diffusers do the work.
+the dtype of computation, only while it runs; within `gathered` all of them stay. LoRA is
+replicated, with B at zero at the start: the first policy is the released model. torch, peft and
+diffusers do the work.
 """
 
 from __future__ import annotations
