@@ -130,7 +130,8 @@ def iterate(
     )
     velocity = chunked(policy.velocity(prompts), o.rollout_batch)
     sample = ROLLOUTS[o.rollouts]
-    rollout = sample(velocity, process, noise, steps, o.finish_stride, o.finish_order)
+    with policy.gathered():
+        rollout = sample(velocity, process, noise, steps, o.finish_stride, o.finish_order)
     finite.require(ranks, iteration, finite.among("a sample", prompts, rollout.x_0))
 
     # 2. Reward every finished sample x_0; A = (r - mean r) / std r in its group.

@@ -1,8 +1,9 @@
 """Run train.py on several command lines, keeping every rollout's noise: `two_ranks.py JOBS NAME`.
 
 JOBS is a JSON file {case: flags}; flags [..., "--resume", CASE] go on with the run of another case.
-Started alone or by torchrun. Leaves NAME-CASE/, the run folder;
-NAME-RANK-CASE.pt, the noise of each iteration; and NAME-RANK-swap.pt, what `swapped` returns.
+Started alone, where --gather-rollouts is left out, or by torchrun. Leaves NAME-CASE/, the run
+folder; NAME-RANK-CASE.pt, the noise of each iteration; NAME-RANK-gathers.pt, what each sampling of
+a case gathers; and NAME-RANK-swap.pt, what `swapped` returns.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pave_grpo as pave
 import train
@@ -20,12 +22,44 @@ from zoo.training.options import policy_of
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 plain_draw, plain_shown = pave.draw_noise, prompts.Prompts.shown
 kept: list[torch.Tensor] = []  # z of every rollout of a case
+sampled: list[tuple[str, int, int]] = []  # samplings of a case: which, velocity calls, all-gathers
 
 
 def draw_and_keep(*args, **kwargs):
     noise = plain_draw(*args, **kwargs)
     kept.append(noise.z.clone())
     return noise
+
+
+class Gathers(TorchDispatchMode):
+    """Counts all-gathers of tensors: FSDP2's, as ranks gather their other values as objects.
+
+    torch's own CommDebugMode also follows modules, and fails at those of diffusers.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.c10d._allgather_base_.default
+        return op(*args, **(kwargs or {}))
+
+
+def counting(name, sampler):
+    """The sampler, which tells `sampled` what it does."""
+
+    def sample(velocity, *args, **kwargs):
+        calls = []
+
+        def called(*at):
+            calls.append(at)
+            return velocity(*at)
+
+        with Gathers() as seen:
+            found = sampler(called, *args, **kwargs)
+        sampled.append((name, len(calls), seen.count))
+        return found
+
+    return sample
 
 
 def show_one(self, shape, kind):
@@ -40,15 +74,35 @@ def main(jobs: str, name: str) -> None:
     pave.draw_noise = draw_and_keep
     prompts.Prompts.shown = show_one
     torch.distributed.destroy_process_group = stay_open
+    pave.ode_sample = counting("drawn", pave.ode_sample)
+    for rollouts, sampler in train.ROLLOUTS.items():
+        train.ROLLOUTS[rollouts] = counting("rollout", sampler)
+    gathers = {}
     for case, flags in json.loads(Path(jobs).read_text()).items():
         kept.clear()
+        sampled.clear()
+        if WORLD == 1:
+            flags = [flag for flag in flags if flag != "--gather-rollouts"]
         if "--resume" in flags:
             train.main([*flags[:-1], f"{name}-{flags[-1]}"])
-            continue
-        train.main([*flags, "--out", f"{name}-{case}"])
-        torch.save(list(kept), f"{name}-{RANK}-{case}.pt")
-        averaged = flags
+        else:
+            train.main([*flags, "--out", f"{name}-{case}"])
+            torch.save(list(kept), f"{name}-{RANK}-{case}.pt")
+            averaged = flags
+        gathers[case] = list(sampled)
+    if WORLD > 1:
+        gathers["entry"] = entered([*averaged, "--gather-rollouts"])
+    torch.save(gathers, f"{name}-{RANK}-gathers.pt")
     torch.save(swapped(averaged), f"{name}-{RANK}-swap.pt")
+
+
+def entered(flags: list[str]) -> tuple[int, int, int]:
+    """What it takes to have all weights of the model of some flags: gathers, bytes; as printed."""
+    policy = policy_of(command_line.parse(flags), WORLD)
+    policy.load(["a dog"], torch.device("cpu"), RANK, WORLD)
+    with Gathers() as seen, policy.gathered():
+        held = sum(p.nbytes for p in policy.network.parameters())
+    return seen.count, held, policy.sizes.gathered
 
 
 def swapped(flags: list[str]) -> list[torch.Tensor]:

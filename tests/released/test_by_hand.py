@@ -396,3 +396,8 @@ def test_memory_is_counted_by_weight(how, frozen, masters, folders, flow):
     unguided = policies.Released(str(folders["sd3"]), size=(32, 32), guidance=0.0, **how)
     assert unguided.sizes.rows == 1
     assert policy.sharded == (how["tune"] == "full" and how.get("world", 1) > 1)
+    assert policy.sizes.gathered == 0
+    if policy.sharded:
+        gathering = dict(how, gather_rollouts=True, size=(32, 32), guidance=4.5)
+        policy = policies.Released(str(folders["sd3"]), **gathering)
+        assert policy.sizes.gathered == 2 * weights  # all of them on every rank, in bfloat16

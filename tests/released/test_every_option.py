@@ -93,6 +93,7 @@ RELEASED = {
 ELSEWHERE = {"preset", "dry_run", "revision"}  # in tests of their own, below
 ELSEWHERE |= {"finish_stride", "finish_order"}
 ELSEWHERE |= {"term_weights"}  # of the paper's form: in training/test_replay.py
+ELSEWHERE |= {"gather_rollouts"}  # on two ranks, in test_runs.py
 ELSEWHERE |= {"draw_at"}  # in training/test_run.py
 ELSEWHERE |= {"resume", "save_every", "poisoned"}  # in training/test_survival.py
 

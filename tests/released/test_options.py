@@ -68,6 +68,13 @@ def test_the_cost_is_printed_without_weights(folders, flags, more, capsys):
     assert (trained == total) == ("full" in more)
 
 
+def test_weights_are_gathered_on_several_ranks_only(flags, monkeypatch):
+    """On one, a run that goes on can do without."""
+    assert not parse(flags("sd3", "--tune full --no-gather-rollouts")).gather_rollouts
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse(flags("sd3", "--tune full --gather-rollouts")).gather_rollouts
+
+
 def test_the_released_sizes_are_those_of_the_released_models():
     """11.9 billion parameters for FLUX.1, 2.5 for SD3.5 Medium with its table of positions."""
     flux_sizes = random_pipelines.configuration(random_pipelines.FLUX, real=True)
@@ -91,6 +98,8 @@ BAD = {
     "--sigmas pipeline --shift 2": "--shift",
     "--tune full --rank 4": "--rank",
     "--rank 0": "--rank 0",
+    "--gather-rollouts": "--gather-rollouts: must be left out, being read only with --tune full",
+    "--tune full --gather-rollouts": "--gather-rollouts: must be left out on one rank",
     "--reward zoo.no:f": "zoo.no",
     "--reward zoo.rewards.example:no": "has no attribute 'no'",
     "--reward clip=nowhere_at_all": "reward 'clip': cannot be loaded",

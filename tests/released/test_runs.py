@@ -132,7 +132,8 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders, flags):
     The same noise bit for bit, the same samples and SGD steps to float32 rounding. Each rank sees
     half the prompts, so matrix products are split otherwise: relative error about 1e-5 of the
     steps, and a bound ten times that. Forgetting to average is an error of order 1. And in either
-    world one iteration and one more, by --resume, are two, bit for bit.
+    world one iteration and one more, by --resume, are two, bit for bit; on two ranks the second has
+    its weights gathered once to sample.
     """
     common = f"{SGD} --iterations 2 --eval-every 1 --threads 1"
     embedded = (
@@ -148,7 +149,7 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders, flags):
         "lora-more": [*more, "lora-half"],
         "adam": flags("sd3", f"{adam} --iterations 2"),
         "adam-half": flags("sd3", f"{adam} --iterations 1"),
-        "adam-more": [*more, "adam-half"],
+        "adam-more": ["--gather-rollouts", *more, "adam-half"],
         "full": flags("sd3", f"--tune full --kl 0.1 --ema 0.5 {common}"),
     }
     Path("jobs.json").write_text(json.dumps(jobs))
@@ -174,6 +175,27 @@ def test_one_rank_and_two_ranks_take_the_same_step(folders, flags):
     for world in ("one", "two"):
         for case in ("lora", "adam"):
             same_bits(Path(f"{world}-{case}"), Path(f"{world}-{case}-half"))
+    for rank in (0, 1):
+        few_gathers(torch.load(f"two-{rank}-gathers.pt"))
+
+
+PARTS = 3  # of the sharded SD3: two blocks, and what is around them
+
+
+def few_gathers(found):
+    """Every velocity gathers each part to sample or draw; with --gather-rollouts none does.
+
+    Each part is gathered once then, and takes the memory that is printed. Of three steps the
+    first two are stochastic: a rollout asks for both, for two steps behind the first and one
+    behind the second. A picture takes two.
+    """
+    gathers, held, printed = found["entry"]
+    assert gathers == PARTS and held == printed > 0
+    calls = {"rollout": 5, "drawn": 2}
+    for case, each in {"adam": PARTS, "full": PARTS, "lora": 0, "adam-more": 0}.items():
+        assert {name for name, *_ in found[case]} == calls.keys()
+        assert all(n == each * calls[name] for name, asked, n in found[case])
+        assert all(asked == calls[name] for name, asked, _ in found[case])
 
 
 def same_bits(whole, parts):

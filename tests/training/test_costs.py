@@ -73,8 +73,8 @@ parameters: 1,000 of the network, 2,000 trained; memory of a rank, GiB: \
 judged, before and after: 8 pictures of 2 of the 4 held-out prompts, 4 each (--heldout 8)"""
 
 
-def policy(rows, frozen, sharded):
-    return SimpleNamespace(sizes=Sizes(1000, 2000, rows, frozen, GIB), sharded=sharded)
+def policy(rows, frozen, sharded, gathered=0):
+    return SimpleNamespace(sizes=Sizes(1000, 2000, rows, frozen, GIB, gathered), sharded=sharded)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,12 @@ def policy(rows, frozen, sharded):
 def test_the_cost_is_what_was_worked_out(o, made, ranks, device, printed):
     """Every number of every line; steps 1 and 3 are stochastic, four prompts are held out."""
     assert costs.describe(o, (1, 3), made, 4, ranks, device) == printed
+
+
+def test_gathered_weights_are_held_besides():
+    """Where they are gathered: all of them, beside what a rank has anyway."""
+    printed = costs.describe(RELEASED, (1, 3), policy(2, 3 * GIB, True, GIB // 2), 4, 2, "cuda")
+    assert "2.00 Adam + 1.00 EMA + 0.50 gathered to sample = 8.50, activations" in printed
 
 
 # Steps 1 and 3 of 9; the way to the picture from step 1 is 7 grid steps, from step 3 it is 5. By

@@ -81,6 +81,8 @@ BAD = {  # the command line, and what the one line must name
     "--tune lora": "--tune lora",
     "--ema 1": "--ema 1",
     "--decode-batch 2": "--dec",
+    "--gather-rollouts": "--gather-rollouts: must be left out, being read only with --tune full",
+    "--tune full --no-gather-rollouts": "--gather-rollouts: must be left out",
     "--update-batch -1": "--update-batch -1",
     "--eval-batch 6": "--eval-batch 6",
     "--eval-steps": "--eval-steps",
@@ -235,6 +237,7 @@ DEFAULTS = dict(
     update_batch=0,
     reward_batch=0,
     decode_batch=4,
+    gather_rollouts=False,
 )
 RELEASED = dict(  # what of it is another with --model
     model="owner/name",
@@ -335,6 +338,7 @@ def test_what_is_aligned_is_made_of_the_options(monkeypatch):
             checkpointing=True,
             kl=kl,
             decode_batch=9,
+            gather_rollouts=True,
         )
         options.policy_of(o, ranks=2)
         assert made.released.call_args.args == ("owner/name", "abc")
@@ -351,6 +355,7 @@ def test_what_is_aligned_is_made_of_the_options(monkeypatch):
             "checkpointing": True,
             "reference": kl > 0,
             "decode_batch": 9,
+            "gather_rollouts": True,
             "world": 2,
         }
 
@@ -401,6 +406,10 @@ READ_ONLY = {  # an option given, the run that does not read it, the run that do
     "window_by": ({"window_every": 0}, {"window_every": 3}),
     "weight_decay": ({"optimizer": "sgd"}, {"optimizer": "adamw"}),
     "decode_batch": ({"model": ""}, {"model": "x", "size": (8, 8)}),
+    "gather_rollouts": (
+        {"model": "x", "size": (8, 8), "tune": "lora"},
+        {"model": "x", "size": (8, 8), "tune": "full"},
+    ),
 }
 
 

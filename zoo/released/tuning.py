@@ -9,8 +9,9 @@
 Masters, the weights that an optimiser moves, are float32 whatever the model computes in: an update
 of 1e-4 of a weight is below bfloat16's rounding. On several ranks `full` is sharded by FSDP2: each
 rank keeps its slice of every weight, gradient and moment, and a block's weights are gathered, in
-the dtype of computation, only while it runs. LoRA is replicated, with B at zero at the start: the
-first policy is the released model. torch, peft and diffusers do the work.
+the dtype of computation, only while it runs; within `gathered` all of them stay. LoRA is
+replicated, with B at zero at the start: the first policy is the released model. torch, peft and
+diffusers do the work.
 """
 
 from __future__ import annotations
@@ -120,6 +121,29 @@ def shard(network: nn.Module, dtype: torch.dtype, mesh: DeviceMesh) -> None:
     blocks = [block for child in lists for block in child]
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Within, every rank has all weights of a network that `shard` cut, gathered once.
+
+    For calls without gradients between two changes of the weights: they are those of the entry.
+    Every rank enters. After it, and after an error, all are slices again. A network that is whole
+    stays as it is.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    try:
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        yield
+    finally:
+        for part in parts:
+            # In this order: one that an error stopped in its forward reshards as it was last told.
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def frozen_copy(flow: Flow, weights: Mapping[str, Any]) -> Any:

@@ -230,6 +230,11 @@ def check_together(o: Options) -> None:
     if P < 1 or P % ranks:
         some = f"{ranks} rank{'s' * (ranks > 1)}"
         raise refusal(o, "prompts_per_iteration", f"a positive multiple of the {some}")
+    if o.gather_rollouts and ranks == 1:
+        raise ValueError(
+            "--gather-rollouts: must be left out on one rank, which has all weights; to go on with "
+            "such a run there, --no-gather-rollouts"
+        )
     if o.tune != "full" and o.tune != ("lora" if o.model else "transformer"):
         choice = "lora or full" if o.model else "transformer or full without --model"
         raise refusal(o, "tune", choice)

@@ -179,6 +179,7 @@ def memory(o: Options, policy: policies.Policy, ranks: int) -> str:
         "gradients": masters,
         "Adam": 2 * masters if o.optimizer == "adamw" else 0,
         "EMA": masters if o.ema else 0,
+        "gathered to sample": sizes.gathered / 2**30,
     }
     sharded = f", sharded over {ranks} ranks" if policy.sharded else ""
     parts = " + ".join(f"{size:.2f} {name}" for name, size in held.items() if size)

@@ -58,7 +58,9 @@ def draw(
             listen()
         return plain(x, t, prompt)
 
-    return policy.decode(pave.ode_sample(velocity, policy.grid(steps), noise.to(device)))
+    with policy.gathered():
+        x = pave.ode_sample(velocity, policy.grid(steps), noise.to(device))
+    return policy.decode(x)
 
 
 def draw_block(

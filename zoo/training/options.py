@@ -62,6 +62,9 @@ IN_FOURS = Rule(
 # Which runs read an option.
 WITH_MODEL = Rule("with --model", lambda o: bool(o.model))
 WITH_LORA = Rule("with --tune lora", lambda o: o.tune == "lora")
+WITH_FULL_MODEL = Rule(
+    "with --tune full of a --model", lambda o: bool(o.model) and o.tune == "full"
+)
 WITH_SHIFT = Rule("with --sigmas shifted", lambda o: o.sigmas == "shifted")
 WITH_CHAINS = Rule("with --rollouts independent", lambda o: o.rollouts == "independent")
 WITH_FORM = Rule(
@@ -70,7 +73,7 @@ WITH_FORM = Rule(
 )
 WITH_GRADIENTS = Rule(
     "with --factors of one number or more, and without --tune full of a --model",
-    lambda o: bool(o.factors) and not (o.model and o.tune == "full"),
+    lambda o: bool(o.factors) and not WITH_FULL_MODEL.holds(o),
 )
 WITH_PAPER_TERMS = Rule(
     "with --form paper and --factors of one number or more",
@@ -440,13 +443,20 @@ class Options:
     update_batch: int = batches(0, "observed states x_t per backward pass", NATURAL, released=1)
     reward_batch: int = batches(0, "pictures per call of a reward", NATURAL, released=16)
     decode_batch: int = batches(4, "states per call of the VAE", NATURAL, only=WITH_MODEL)
+    gather_rollouts: bool = batches(
+        False,
+        "on several ranks, gather all weights once to sample, and not in every velocity call; "
+        "--dry-run prints what they take",
+        only=WITH_FULL_MODEL,
+        action=argparse.BooleanOptionalAction,
+    )
 
 
 # What a run that goes on may be given anew: it changes no number but by rounding.
 FREE = (
     *("iterations", "resume", "save_every", "dry_run", "device", "threads", "reward_timeout"),
     *("eval_every", "eval_batch", "rollout_batch", "update_batch", "reward_batch", "decode_batch"),
-    *("checkpointing", "draw_at"),
+    *("checkpointing", "draw_at", "gather_rollouts"),
 )
 
 ABOUT: dict[str, About] = {f.name: f.metadata["about"] for f in dataclasses.fields(Options)}
@@ -480,6 +490,7 @@ def policy_of(o: Options, ranks: int = 1) -> policies.Policy:
         checkpointing=o.checkpointing,
         reference=o.kl > 0,
         decode_batch=o.decode_batch,
+        gather_rollouts=o.gather_rollouts,
         world=ranks,
     )
 

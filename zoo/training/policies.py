@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,6 +28,7 @@ class Sizes(NamedTuple):
     rows: int  # network rows of one velocity evaluation: 2 with classifier-free guidance
     frozen: int  # bytes of the weights that are not trained, the reference's included
     masters: int  # bytes of those that are; gradients and averages take as many again, Adam twice
+    gathered: int = 0  # bytes of all weights as they are held while sampling, where they are
 
 
 class Policy(Protocol):
@@ -68,6 +69,10 @@ class Policy(Protocol):
     def reference_velocity(self, prompts: Sequence[str]) -> pave.Velocity:
         """The same of the policy that training began from; only where `reference` was asked for."""
         ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context to sample in, without gradients or changes of weights. Every rank enters."""
+        return nullcontext()
 
     def decode(self, x: Tensor) -> Tensor:
         """States [B, *shape] -> pictures [B, 3, H, W] in [0, 1], on x's device."""
@@ -174,6 +179,7 @@ class Released(Policy):
     checkpointing: bool = False  # blocks are computed again in the backward pass
     reference: bool = False  # full: keep a frozen copy; adapters need none, they are switched off
     decode_batch: int = 4  # states per call of the VAE, 0: all
+    gather_rollouts: bool = False  # sharded: all weights are gathered once to sample
     world: int = 1  # ranks that will share the work
 
     def __post_init__(self) -> None:
@@ -192,8 +198,14 @@ class Released(Policy):
         rows = 2 if self.flow.splits(self.guidance) else 1
         frozen = weights if lora or self.reference else 0
         share = self.world if self.sharded else 1
+        size = self.dtype.itemsize
         return Sizes(
-            weights, tuned, rows, frozen * self.dtype.itemsize // share, 4 * tuned // share
+            weights,
+            tuned,
+            rows,
+            frozen=frozen * size // share,
+            masters=4 * tuned // share,
+            gathered=weights * size if self.gather_rollouts else 0,
         )
 
     def grid(self, steps: int) -> Tensor:
@@ -291,6 +303,9 @@ class Released(Policy):
             return velocity(x, t, rows[prompt])
 
         return of_rows
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return tuning.gathered(self.network) if self.gather_rollouts else nullcontext()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.flow.decode(x, self.height, self.width, self.decode_batch)
