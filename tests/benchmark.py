@@ -158,7 +158,7 @@ class Multiply(nn.Module):
         return self.w * x
 
 
-class Null:
+class Null(policies.Policy):
     """A policy whose network costs nothing: what is left of an iteration is outside of networks."""
 
     sharded = False

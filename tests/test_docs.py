@@ -173,8 +173,19 @@ def shortened_study(words: list[str]) -> list[str]:
     return words if words[2] == "report" else [*words, "--help"]
 
 
+def shortened_benchmark(words: list[str]) -> list[str]:
+    """One section; of a released model a tiny one, on this device. Its tests have the others."""
+    if "--model" in words:
+        words = replace_flag(words, "--model", ["tiny/sd3", "--size", "32", "32"])
+        words = replace_flag(replace_flag(words, "--device", ["cpu"]), "--dtype", ["float32"])
+        words = [word for word in words if word != "--compile"]  # it takes minutes
+    return set_flags(words, {"--sections": "waits", "--rounds": "1", "--threads": "1"})
+
+
 MODULES = {  # how the modules that are programs are shortened
     "zoo.released.random_pipelines": lambda words: [word for word in words if word != "--real"],
+    "zoo.released.footprint": lambda words: [*words, "--help"],  # tests/released has its tables
+    "tests.benchmark": shortened_benchmark,
     "zoo.shapes.pretrain": lambda words: [*words, "--dry-run", "--batch", "2", "--pairs", "8"],
     "zoo.shapes.gradient_signal": lambda words: [*words, "--batches", "2", "--sde-steps", "1"],
     "zoo.training.evaluate": lambda words: set_flags(words, SHORT_JUDGING),

@@ -28,8 +28,8 @@ def on_the_cpu(network):
 def test_shapes_alone_tell_what_a_graph_keeps(family, tune, checkpointing):
     """What a network with numbers keeps, of one state and of three.
 
-    But for the means and scales of normalisations, a number or two per token, which the kernels of
-    a CPU keep in another dtype.
+    But for the mean and the scale of a normalisation, which the kernels of a CPU keep in bfloat16:
+    4 bytes of some 500 that a block of width 32 keeps for each token.
     """
     network = footprint.network_of(family, tune, real=False)
     if checkpointing:
@@ -37,7 +37,7 @@ def test_shapes_alone_tell_what_a_graph_keeps(family, tune, checkpointing):
     computed = [footprint.kept(network, (32, 64), rows) for rows in (1, 3)]
     network = on_the_cpu(network)
     assert computed == pytest.approx(
-        [footprint.kept(network, (32, 64), rows) for rows in (1, 3)], rel=0.005
+        [footprint.kept(network, (32, 64), rows) for rows in (1, 3)], rel=0.01
     )
     assert 2.5 * computed[0] < computed[1] <= 3 * computed[0]
 
@@ -90,8 +90,8 @@ def test_the_most_states_are_the_most():
         assert most == 0 or found.update(most, (2, 3), False) <= room
         assert found.update(most + 1, (2, 3), False) > room
     lines = footprint.table(Footprint(4 * GIB, 2 * GIB, GIB, 0.0), 10.0)
-    assert lines[3] == "  {}              no                     5      17      33"
-    assert lines[6] == "  {2, 3}          yes                    2       8      16"
+    assert lines[4] == "  {}              no                     5      17      33"
+    assert lines[7] == "  {2, 3}          yes                    2       8      16"
 
 
 @pytest.mark.parametrize(

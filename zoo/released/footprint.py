@@ -177,9 +177,9 @@ def footprint(
 def table(found: Footprint, reserve: float) -> list[str]:
     """What is held, and what fits."""
     lines = [
-        f"weights, gradients and moments {found.fixed / GIB:.1f} GiB; the graph of an evaluation "
-        f"of a state {found.plain / GIB:.2f} GiB, with checkpointing "
-        f"{found.checkpointed / GIB:.2f} GiB and {found.block / GIB:.2f} for a block",
+        f"weights, gradients and moments {found.fixed / GIB:.1f} GiB",
+        f"graph of an evaluation of a state {found.plain / GIB:.2f} GiB; with checkpointing "
+        f"{found.checkpointed / GIB:.2f}, and {found.block / GIB:.2f} for a block",
         f"the most states a pass (--update-batch), {reserve:g} GiB of the card kept free:",
         "  S               checkpointing   " + "".join(f"{card:>5} GB" for card in CARDS),
     ]
