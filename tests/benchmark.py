@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -569,16 +568,6 @@ def shown(row: Row) -> str:
     return f"  {row.name:<56} {value} {row.unit}{'  ' if row.unit else ' '}{row.beside}".rstrip()
 
 
-@contextmanager
-def backends(bench: Bench, attention: str, compiled: bool) -> Iterator[None]:
-    """The network with another attention of diffusers, or compiled block by block."""
-    if attention:
-        bench.network.set_attention_backend(attention)
-    if compiled:
-        bench.network.compile_repeated_blocks()
-    yield
-
-
 def bench_of(o: Options, rounds: int) -> Bench:
     """The policy, loaded; its prompts are the embedded world's, or three of a released model."""
     ranks = Ranks.start(o.device, o.threads)
@@ -610,14 +599,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = bench_of(o, own["rounds"])
     about = environment(bench)
     print(", ".join(f"{name} {value}" for name, value in about.items() if value), flush=True)
+    if attention:
+        bench.network.set_attention_backend(attention)
+    if compiled:
+        bench.network.compile_repeated_blocks()
     rows: dict[str, list[dict[str, Any]]] = {}
-    with backends(bench, attention, compiled):
-        for name in own["sections"]:
-            print(f"\n{name}: {(SECTIONS[name].__doc__ or '').splitlines()[0]}", flush=True)
-            rows[name] = []
-            for row in SECTIONS[name](bench):
-                print(shown(row), flush=True)
-                rows[name].append(row._asdict())
+    for name in own["sections"]:
+        print(f"\n{name}: {(SECTIONS[name].__doc__ or '').splitlines()[0]}", flush=True)
+        rows[name] = []
+        for row in SECTIONS[name](bench):
+            print(shown(row), flush=True)
+            rows[name].append(row._asdict())
     about["load at the end"] = round(os.getloadavg()[0], 2)
     if own["json"]:
         own["json"].write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
