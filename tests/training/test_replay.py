@@ -12,7 +12,7 @@ from zoo.rewards import example
 from zoo.shapes import rule
 from zoo.training.command_line import parse
 
-pytestmark = pytest.mark.usefixtures("one_process", "no_pictures")
+pytestmark = pytest.mark.usefixtures("one_process", "no_pictures", "small_network")
 WARMTH, CONTRAST = "replay:asked_warmth", "zoo.rewards.example:contrast"
 REWARDS = {WARMTH: (asked_warmth, 2.0), CONTRAST: (example.contrast, 0.5)}
 JUDGES = {CONTRAST: example.contrast, "rule": rule.reward}
