@@ -271,7 +271,7 @@ def start(words: list[str], folder: Path) -> tuple[Any, str]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, small_checkpoint):
-    """A folder with tiny/sd3, tiny/flux and two short runs of train.py: "run", and "small" of it."""
+    """A folder with tiny/sd3, tiny/flux, and short runs: "run", and "small" of a small network."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "tiny").mkdir()
     for make in (random_pipelines.sd3, random_pipelines.flux):
@@ -304,7 +304,8 @@ def desk(tmp_path, prepared):
 ON_PYTHON = [c for c in COMMANDS if c.text.startswith(("python", "torchrun"))]
 
 
-ELSEWHERE = (  # by `prepared`, by whoever reads this, by test_judgements_are_shown_as_they_are_printed
+# By `prepared`, by whoever runs this, by test_judgements_are_shown_as_they_are_printed.
+ELSEWHERE = (
     "python train.py",
     "python -m pytest",
     "python -m pytest --shuffle 1",
