@@ -221,6 +221,7 @@ def test_a_nudged_pipeline_is_another_policy(folders):
         assert torch.equal(fixture.field(x, t, prompt), before)
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize(("name", "dtype"), [("sd3", "float32"), ("flux", "bfloat16")])
 def test_the_oracle_takes_a_pipeline(name, dtype, folders, capsys, monkeypatch):
     """--model FOLDER: attribution and the matched form hold on it, and steps are compared."""
