@@ -8,9 +8,11 @@ import random
 import signal
 
 import pytest
+import small_network as small_network_file
 import torch
 from hypothesis import settings
 
+from zoo.shapes import model as shapes_model
 from zoo.training import prompts
 
 torch.set_num_threads(1)
@@ -54,6 +56,18 @@ def one_process(monkeypatch, tmp_path):
     torch.set_num_threads(threads)
     for which, handler in handlers.items():
         signal.signal(which, handler)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory):
+    """The checkpoint of small_network.py."""
+    return small_network_file.write(tmp_path_factory.mktemp("small") / "small.safetensors")
+
+
+@pytest.fixture
+def small_network(small_checkpoint, monkeypatch):
+    """The embedded model is the small one, where a test asks nothing of what it has learnt."""
+    monkeypatch.setattr(shapes_model, "CHECKPOINT", small_checkpoint)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from oracle import implementations
 import pave_grpo
 from zoo.oracle import bugs, judging, vectors
 from zoo.released import random_pipelines
+from zoo.shapes import model as shapes_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,8 +170,11 @@ options.parse(sys.argv[1:], verify_equivalence.CLAIMS, "")
 
 
 def shortened_study(words: list[str]) -> list[str]:
-    """Tables are printed; of a study that takes hours its options, tests/study runs it in small."""
-    return words if words[2] == "report" else [*words, "--help"]
+    """Tables and figures are made; of a study that takes hours its options, tests/study has it.
+
+    The report without figures is the first half of the one with them.
+    """
+    return words if "--figures" in words else [*words, "--help"]
 
 
 def shortened_benchmark(words: list[str]) -> list[str]:
@@ -277,15 +281,17 @@ def start(words: list[str], folder: Path) -> tuple[Any, str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A folder with tiny/sd3, tiny/flux and a short run of train.py."""
+def prepared(tmp_path_factory, small_checkpoint):
+    """A folder with tiny/sd3, tiny/flux, and short runs: "run", and "small" of a small network."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "tiny").mkdir()
     for make in (random_pipelines.sd3, random_pipelines.flux):
         made = make(tmp_path_factory.mktemp("made"))
         made.rename(folder / "tiny" / made.name)
-    words = set_flags([str(ROOT / "train.py"), "--out", "run"], SHORT_TRAINING)
-    run(words, folder)
+    run(set_flags([str(ROOT / "train.py"), "--out", "run"], SHORT_TRAINING), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes_model, "CHECKPOINT", small_checkpoint)
+        run(set_flags([str(ROOT / "train.py"), "--out", "small"], SHORT_TRAINING), folder)
     return folder
 
 
@@ -301,7 +307,7 @@ def desk(tmp_path, prepared):
     (tmp_path / "docs").mkdir()
     (tmp_path / "runs").mkdir()
     for name in ("shapes-1", "pave", "plain"):
-        (tmp_path / "runs" / name).symlink_to(prepared / "run")
+        (tmp_path / "runs" / name).symlink_to(prepared / "small")
     (tmp_path / "tiny").symlink_to(prepared / "tiny")
     return tmp_path
 
@@ -309,11 +315,24 @@ def desk(tmp_path, prepared):
 ON_PYTHON = [c for c in COMMANDS if c.text.startswith(("python", "torchrun"))]
 
 
+# By `prepared`, by whoever runs this, by test_judgements_are_shown_as_they_are_printed.
+ELSEWHERE = (
+    "python train.py",
+    "python -m pytest",
+    "python -m pytest --shuffle 1",
+    "python verify_equivalence.py --against theirs:log_prob",
+)
+
+
+@pytest.mark.usefixtures("small_network", "no_pictures")
 @pytest.mark.parametrize("command", ON_PYTHON, ids=lambda command: command.text)
 def test_commands_run(command, desk):
-    """Every command of the documents exits with status 0, in a short form."""
-    if command.text == "python train.py" or command.text.startswith("python -m pytest"):
-        return  # `prepared` has run the first, and this is the second
+    """Every command of the documents exits with status 0, in a short form.
+
+    Of the embedded model that is another network, and runs draw nothing: `prepared` has both.
+    """
+    if command.text in ELSEWHERE:
+        return
     if "random_pipelines" in command.text:
         (desk / "tiny").unlink()
     made = re.search(r"train\.py.* --out (\S+)", command.text)
@@ -373,18 +392,21 @@ def test_judgements_are_shown_as_they_are_printed(desk):
     page = TEXTS["docs/JUDGING.md"]
     right, wrong = re.findall(r"```\n(level.*?|verdict.*?)```", page, re.S)
     command = [str(ROOT / "verify_equivalence.py"), "--against", "theirs:log_prob"]
+    assert f"python verify_equivalence.py {' '.join(command[1:])}" in ELSEWHERE
 
-    def printed() -> list[str]:
-        return start(command, desk)[1].splitlines()
+    def printed(wanted: int) -> list[str]:
+        status, said = start(command, desk)
+        assert status == wanted, said
+        return said.splitlines()
 
-    lines = printed()
+    lines = printed(judging.STATUS["agrees"])
     for line in right.splitlines():
         assert line.strip() == "…" or line in lines, line
 
     file = desk / "theirs.py"
     file.write_text(file.read_text().replace(".mean(1)", ".mean(1) / (2 * std)"))
     shutil.rmtree(desk / "__pycache__", ignore_errors=True)
-    lines = printed()
+    lines = printed(judging.STATUS["disagrees"])
     for line in wrong.splitlines():
         assert line in lines, line
 

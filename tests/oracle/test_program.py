@@ -40,6 +40,7 @@ def test_rows_are_shown_on_request(capsys):
     assert len(short) < 12 and sum(line.startswith("  cps ") for line in long) == 6
 
 
+@pytest.mark.usefixtures("small_network")
 def test_the_comparison_is_shown_on_request(tmp_path, capsys, monkeypatch):
     """--compare prints a line per step and k, in 100 columns, and --json keeps it."""
     file = tmp_path / "report.json"
@@ -168,6 +169,7 @@ def test_what_is_a_pipeline(folder):
         assert not options.is_pipeline(model), model
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_model_in_bfloat16_keeps_what_does_not_depend_on_the_network(capsys):
     """Attribution (E2) and the matched form (E7) survive, to float32 rounding."""
     flags = "--model embedded --dtype bfloat16 --claims E2 E7 --kernels cps --factors 2 --prompt"

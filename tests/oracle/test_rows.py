@@ -163,6 +163,7 @@ ON_MODEL = {  # statement: rows of one kernel with k = 2, in (shared anchors, in
 }
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_model_is_tested_by_every_claim_that_can_be():
     """On its own fixture alone, in both rollout modes; its prompts and its float64 are used."""
     model = Model("", ("two red circles",), torch.float64)
@@ -332,6 +333,7 @@ def test_what_was_observed_is_registered_no_wider():
     assert oracle.EMBEDDED == (0.038 / 3, 2)
 
 
+@pytest.mark.usefixtures("small_network")
 def test_a_model_in_half_precision_is_held_to_its_rounding():
     """64 roundings of bfloat16 would be no test: 5 % at most; float32 claims stay tight."""
     model = Model("", ("two red circles",), torch.bfloat16)

@@ -22,7 +22,7 @@ RUNS = {
 }
 
 
-@pytest.mark.usefixtures("one_process", "no_pictures")
+@pytest.mark.usefixtures("one_process", "no_pictures", "short_texts")
 @pytest.mark.parametrize(("name", "more"), RUNS.items())
 def test_a_lora_run_is_its_replay(run, flags, name, more):
     """Two iterations of two updates, judged after each: to the rounding of float32 networks.

@@ -81,7 +81,7 @@ def test_a_lora_run_gives_plain_diffusers_our_pictures(folders, flags, run, name
     assert ours == pytest.approx(theirs, abs=2e-5) and abs(ours[1] - ours[0]) > 1e-3
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "short_texts")
 @pytest.mark.parametrize(
     ("name", "cls"), [("sd3", SD3Transformer2DModel), ("flux", FluxTransformer2DModel)]
 )
@@ -98,7 +98,7 @@ def test_a_full_run_saves_what_from_pretrained_loads(folders, run, name, cls):
 # ---- The same gradient ---------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "short_texts")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_batches_and_checkpointing_change_memory_and_not_the_step(folders, flags, run, name):
     """All four batch flags and gradient checkpointing: the same samples and SGD step.
@@ -291,6 +291,7 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_it(run, failing, done, monke
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
 
 
+@pytest.mark.usefixtures("short_texts")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_adapters_are_compared_and_nothing_else_changes(name, run):
     """Each k-term beside the original, under gradient checkpointing too; bit for bit the run."""

@@ -263,8 +263,13 @@ def test_differences_are_paired_by_prompt():
     assert more.se == pytest.approx(torch.tensor([0.1, 0.2, 0.1]).std().item() / 3**0.5, rel=1e-5)
 
 
-def test_the_quick_study_runs_and_goes_on(tmp_path, capsys):
-    """End to end; a line for the start and each arm, direction and norm; nothing is done twice."""
+def test_the_quick_study_runs_and_goes_on(tmp_path, capsys, monkeypatch, small_checkpoint):
+    """End to end; a line for the start and each arm, direction and norm; nothing is done twice.
+
+    On a network that draws nothing the rule knows, hence under another reward.
+    """
+    monkeypatch.setattr(gradients, "Embedded", lambda: Embedded(small_checkpoint))
+    monkeypatch.setattr(gradients.rule, "reward", wave)
     out, work = tmp_path / "out", tmp_path / "work"
     command = ["gradients", "--quick", "--out", str(out), "--work", str(work)]
     main(command)

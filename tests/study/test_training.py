@@ -1,15 +1,19 @@
 """Study B: what is run, what is kept, and going on where it stopped."""
 
 import concurrent.futures
+import io
 import json
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import train
 from zoo.study import training
 from zoo.study.__main__ import main
 from zoo.study.plan import PLANS, Run
+from zoo.training.evaluate import main as judge
 
 QUICK, LAPTOP = PLANS["quick"], PLANS["laptop"]
 
@@ -155,6 +159,44 @@ def test_what_a_program_says_last_is_said():
         training.program(["train.py", "--steps", "0"], 1)
 
 
+class Here:
+    """In the place of a pool of threads: work is done when it is given, in this one."""
+
+    def __init__(self, workers):
+        assert workers >= 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, job, *given):
+        future = concurrent.futures.Future()
+        future.set_result(job(*given))
+        return future
+
+
+@pytest.fixture
+def mostly_here(monkeypatch):
+    """The first of each program is started as one; the others run here, where imports are done."""
+    plain, started = training.program, set()
+
+    def program(arguments, threads):
+        words = list(arguments)
+        main, given = (train.main, words[1:]) if words[0] == "train.py" else (judge, words[2:])
+        if main not in started:
+            started.add(main)
+            return plain(arguments, threads)
+        with redirect_stdout(io.StringIO()) as said:
+            main(given)
+        return said.getvalue()
+
+    monkeypatch.setattr(training, "program", program)
+    monkeypatch.setattr(training, "ThreadPoolExecutor", Here)  # signals are the main thread's
+
+
+@pytest.mark.usefixtures("one_process", "no_pictures", "mostly_here")
 def test_the_quick_study_runs(tmp_path, capsys):
     """The real programs, end to end; every line with its whole configuration; then the report."""
     path = tmp_path / "train-quick.jsonl"

@@ -156,11 +156,12 @@ def test_silence_is_null():
 
 FLAGS = (
     "--iterations 2 --group-size 3 --prompts-per-iteration 2 --steps 3 --sde-steps 0 1 --heldout 4 "
-    "--eval-steps 1 --device cpu --updates 2 --update-batch 1 --ema 0.5"
+    "--eval-steps 1 --device cpu --updates 2 --update-batch 1 --ema 0.5 "
+    "--reward zoo.rewards.example:warmth"
 )
 
 
-@pytest.mark.usefixtures("one_process", "no_pictures")
+@pytest.mark.usefixtures("one_process", "no_pictures", "small_network")
 def test_nothing_else_of_a_run_changes():
     """Metrics and weights, bit for bit; the lines are of the iterations asked for."""
     for out, more in (("with", "--compare-every 2"), ("without", "")):

@@ -46,13 +46,18 @@ RUNS = [
 
 
 @pytest.mark.parametrize("flags", RUNS)
-def test_a_run_is_its_replay(flags):
+def test_a_run_is_its_replay(flags, request):
     """Two iterations of two updates, judged after each: to the rounding of float32 networks.
 
     Parts, chunks and batches round otherwise: 1e-3 of a step, where a lost part, a gradient kept,
     another rate or a stale weight is an error of order 1. Each of some ten updates rounds a weight
     by 2^-24 of itself, in either program.
+
+    The two runs with a window train the shipped network: at their rates the gradient of the small
+    one grows a hundredfold, or vanishes.
     """
+    if "--window-every" not in flags:
+        request.getfixturevalue("small_network")
     line = [*COMMON.split(), *flags.split()]
     train.main([*line, "--out", "run"])
     replay = Replay(parse(line), REWARDS, JUDGES).run()
@@ -77,6 +82,7 @@ def test_a_run_is_its_replay(flags):
     assert moved > 0
 
 
+@pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize(("reward", "silent", "signal"), [("by_turns", 0, 2 / 3), ("alike", 1, 0)])
 def test_silence_is_counted_by_group_and_signal_by_member(reward, silent, signal):
     """A group with one silent member speaks; one of equal rewards moves nothing."""

@@ -20,7 +20,7 @@ from zoo.training.command_line import parse
 from zoo.training.options import policy_of, prompts_of
 from zoo.training.prompts import generator_of
 
-pytestmark = pytest.mark.usefixtures("one_process", "no_pictures")
+pytestmark = pytest.mark.usefixtures("one_process", "no_pictures", "small_network")
 PAGE = (Path(__file__).parents[2] / "docs/CONVENTIONS.md").read_text()
 SMALL = (
     "--reward replay:asked_warmth --eval-reward rule --heldout 4 --eval-steps 1 --iterations 2 "

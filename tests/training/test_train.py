@@ -18,10 +18,10 @@ from zoo.training.metrics import merge
 from zoo.training.options import policy_of, stochastic_steps
 from zoo.training.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_process", "small_network")
 SHORT = shlex.split(
     "--prompts-per-iteration 2 --group-size 4 --steps 4 --sde-steps 0 1 "
-    "--heldout 4 --eval-steps 2 4"
+    "--reward zoo.rewards.example:warmth --heldout 4 --eval-steps 2 4"
 )
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
@@ -69,6 +69,7 @@ def test_a_short_run_leaves_what_the_documents_promise(device, capsys):
     assert Path("drawn/samples.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_same_seed_same_numbers_and_another_seed_others():
     """A run is a function of its options: equal metrics and weights for equal seeds."""
     flags = "--iterations 1 --updates 2 --kl 0.1 --seed"
@@ -81,10 +82,12 @@ def test_same_seed_same_numbers_and_another_seed_others():
     assert line["ratio_1"] != 1 and line["kl"] > 0  # the second update has moved
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_only_what_is_tuned_moves():
     """--tune transformer leaves layers at pixel resolution alone, bit for bit; full does not."""
-    start = shapes_model.load().state_dict()
-    modules = {name for name, _ in shapes_model.load().named_children()}
+    network = shapes_model.load(shapes_model.CHECKPOINT)
+    start = network.state_dict()
+    modules = {name for name, _ in network.named_children()}
     pixel = set(shapes_model.PIXEL_LAYERS)
     assert pixel < modules
     for tune, moving in (("transformer", set()), ("full", pixel)):
@@ -110,6 +113,7 @@ def test_the_rate_warms_up_to_what_was_asked():
     assert rates[15:] == [2e-4] * 25
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_what_is_there(which, monkeypatch, capsys):
     """The first lets the iteration finish, saves, says how to go on, and has its own status."""
