@@ -47,8 +47,9 @@ and a point in the plane are all the same to it:
 
 Departures from the paper: form="matched" scores x_s under a density centred on the one that
 produced it (E7); form="midpoint" trains one velocity inside the step and no k-term (E14);
-term_weights replaces 1 and 1/|S|; a group of equal rewards has advantage zero,
-where rounding noise over eps would do. The released code has no clip and no KL, and averages
+term_weights replaces 1 and 1/|S|; stride and order above 1 take fewer or better steps from the
+last noise to x_0; a group of equal rewards has advantage zero, where rounding noise over eps would
+do. The released code has no clip and no KL, and averages
 log-probabilities over dimensions: "mean", our default; "sum" is the true density (E10). The
 paper's sum over T steps is a mean over the n stochastic ones. E1, E2, ... are statements that
 verify_equivalence.py puts to the test (docs/VERDICTS.md).
@@ -386,9 +387,10 @@ def finished(
 ) -> Tensor:
     """x_0 of x [P, R, *event] at point i of the grid, by ODE steps that span `stride` of its steps.
 
-    The first spans what is left over. Of length D each, they ask for one velocity; order 1 and 2
-    are Euler's x <- x - D v, and, after a first such step, Adams' and Bashforth's, which continues
-    the line through v and the velocity before it:  x <- x - D (v + D/(2 D_before) (v - v_before)).
+    The first spans what is left over. With v where it begins and D its length, a step of order 1 is
+    Euler's x <- x - D v. One of order 2 is Adams' and Bashforth's, from the second step on: the
+    line through v and the velocity before it, at the middle of the step,
+        x <- x - D (v + D / (2 D_before) (v - v_before)).
     """
     grid = process.grid.tolist()
     T = len(grid) - 1

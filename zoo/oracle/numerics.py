@@ -1,6 +1,6 @@
 """On one's own model and dtype: does a replay agree with its rollout, does Adam see the gradient?
 
-    replay     log p(x_s|x_t) is stored while sampling, where all rows share a call, and evaluated
+    replay     log p(x_s|x_t) is stored while sampling, where anchors share a call, and evaluated
                again in training, where other rows do, with gradients on. What lies between is
                rounding. A ratio that divides by the stored one is off by as much, and a clip range
                below it cuts members of an unchanged policy. (policy_loss divides by its first pass)
@@ -64,7 +64,7 @@ def kernel_lines(bench: Bench, kernel: str) -> list[dict[str, Any]]:
 
 
 def sampled(bench: Bench, kernel: str) -> Scene:
-    """Shared anchors of every prompt, with a smooth reward: all live rows share a call."""
+    """Shared anchors of every prompt, in one call at each time, with a smooth reward."""
     fixture = bench.fixture("embedded")
     process = pave.Process(pave.schedule(STEPS), kernel, ETA)
     P, n = len(bench.model.prompts) if bench.model else 1, len(process.stochastic_steps())
@@ -177,7 +177,7 @@ def root_mean_square(field: nn.Module) -> float:
 
 LEGEND = """Rounding in {dtype}: {prompts} x {members} members from shared anchors, {steps} steps, \
 {d:,} numbers a state.
-gap      |log p(x_s|x_t) replayed, a state a call - stored while sampling, all rows a call| / {d}
+gap      |log p(x_s|x_t) replayed, a state a call - stored while sampling, anchors in a call| / {d}
 outside  %, ratios of the two that a shipped clip range cuts by rounding alone; 0.2: of summed log p
 rms      of the loss's gradient by one of {theta:,} weights, over Adam's eps, 1e-8"""
 HEAD = f"{'':13}t     s      gap      max   outside 1e-05  1e-04    0.2   rms, S = {{}}  "
