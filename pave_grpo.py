@@ -49,10 +49,10 @@ Departures from the paper: form="matched" scores x_s under a density centred on 
 produced it (E7); form="midpoint" trains one velocity inside the step and no k-term (E14);
 term_weights replaces 1 and 1/|S|; stride and order above 1 take fewer or better steps from the
 last noise to x_0; a group of equal rewards has advantage zero, where rounding noise over eps would
-do. The released code has no clip and no KL, and averages
-log-probabilities over dimensions: "mean", our default; "sum" is the true density (E10). The
-paper's sum over T steps is a mean over the n stochastic ones. E1, E2, ... are statements that
-verify_equivalence.py puts to the test (docs/VERDICTS.md).
+do. The released code has no clip and no KL, and averages log-probabilities over dimensions: "mean",
+our default; "sum" is the true density (E10). The paper's sum over T steps is a mean over the n
+stochastic ones. E1, E2, ... are statements that verify_equivalence.py puts to the test
+(docs/VERDICTS.md).
 """
 
 from __future__ import annotations
