@@ -540,7 +540,8 @@ def test_the_tour_quotes_the_core():
 def test_flags_exist(tmp_path):
     """Every flag a page names is one of the programs'."""
     known = {"--shutdown-timeout"}  # torchrun's
-    for program in ("train.py", "verify_equivalence.py", "tests/planted_bugs.py"):
+    programs = ("train.py", "verify_equivalence.py", "tests/planted_bugs.py", "tests/benchmark.py")
+    for program in programs:
         known |= set(re.findall(r"--[a-z][a-z-]*", run([str(ROOT / program), "--help"], tmp_path)))
     for name, text in TEXTS.items():
         for code in re.findall(r"`(--[^`]+)`", text):

@@ -26,7 +26,7 @@ def test_sizes_are_those_of_the_shipped_file(tune, reference):
     weights, tuned = counted(lambda name: True), counted(trained)
     assert (tuned < weights) == (tune == "transformer")
     frozen = weights - tuned + weights * reference
-    assert policy.sizes == (weights, tuned, 1, 4 * frozen, 4 * tuned)
+    assert policy.sizes == (weights, tuned, 1, 4 * frozen, 4 * tuned, 0)
     assert sum(p.numel() for p in policy.tuned) == tuned and not policy.sharded
     assert (policy.reference is None) != reference
 

@@ -4,6 +4,7 @@ A picture is flat, at a value that says which pair it is of; the first judge rea
 """
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ class Flat:
     """Pictures as bright as their prompt's number plus their noise, times one plus ODE steps."""
 
     shape = (1,)
+    gathered = nullcontext
 
     def __init__(self):
         self.rows = []

@@ -1,6 +1,7 @@
 """Drawing: rows and chunks; the two programs that draw and judge a checkpoint, as asked."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ class Numbers:
     """A policy whose velocity is its prompt's number, on the grid that was asked for."""
 
     shape = (1, 1, 1)
+    gathered = nullcontext
 
     def __init__(self):
         self.rows, self.grids = [], []

@@ -349,6 +349,34 @@ def by_depth(calls: Sequence[Evaluation], factors: Sequence[int]) -> list[Evalua
     return depths
 
 
+def by_time(calls: Sequence[Evaluation], prompts: int) -> list[Evaluation]:
+    """The calls of a rollout as one call for each time, the rows of a prompt together.
+
+    The core calls for the anchors and for the members of each step by themselves. Here a prompt's
+    anchor comes first, then its members of one step after another.
+    """
+    times: dict[float, list[Evaluation]] = {}
+    for call in calls:
+        times.setdefault(call.t[0].item(), []).append(call)
+    merged = []
+    for t in sorted(times, reverse=True):
+        abreast = sorted(times[t], key=rows_of)  # anchors are fewest; steps keep their order
+        columns = zip(*abreast, strict=True)
+        merged.append(Evaluation(*(side_by_side(column, prompts) for column in columns)))
+    return merged
+
+
+def rows_of(call: Evaluation) -> int:
+    """B of a call."""
+    return len(call.t)
+
+
+def side_by_side(parts: Sequence[Tensor], prompts: int) -> Tensor:
+    """Parts [prompts R, ...], each with its own R, as one whose rows go prompt by prompt."""
+    by_prompt = [part.unflatten(0, (prompts, -1)) for part in parts]
+    return torch.cat(by_prompt, dim=1).flatten(0, 1)
+
+
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 
@@ -401,7 +429,7 @@ def sample(
     velocity = Recorded(old)
     rollout = rollouts[setting["rollouts"]](velocity, process, noise, setting["sde_steps"])
     out = {
-        **named("call", velocity.calls),
+        **named("call", by_time(velocity.calls, len(noise.z))),
         "x_t": rollout.x_t,
         "x_s": rollout.x_s,
         "log_prob_sampled": rollout.log_prob,
