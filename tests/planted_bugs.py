@@ -1,6 +1,6 @@
 """Plants known bugs, one at a time, and asks whether the test suite notices.
 
-    python tests/planted_bugs.py                    every fourth of all tables
+    python tests/planted_bugs.py                    every sixth of all tables
     python tests/planted_bugs.py --all              every one, and the correct variants
     python tests/planted_bugs.py "coarse std"       those named
     python tests/planted_bugs.py zoo/training       the table of a room
@@ -43,7 +43,7 @@ SUITES = {  # the fast subset that should notice a bug of each level of the core
     "loss": ("test_midpoint.py", "test_loss.py"),
     "sampler": ("test_sampler.py", "test_kernels.py"),
 }
-THIN = 4  # one bug of so many is planted by default
+THIN = 6  # one bug of so many is planted by default
 LIMIT = 120.0  # seconds for one run, start-up of torch included; ten is usual on an idle machine
 ASSERTIONS = ("AssertionError", "assert ", "Failed: ")  # the last of pytest.raises and pytest.fail
 KILLED, SURVIVED = "killed", "survived"
