@@ -25,6 +25,8 @@ Axes: P prompts, n stochastic steps, G members of a group; *event is the shape o
   t, s     [B], float64        a step goes from t down to s, 0 <= s < t <= 1; B rows of a batch
   v        like x              velocity dx/dt = E[x_1 - x_0 | x_t]
   k, S     integers            sub-steps of a decomposition; S, the factors, is a set of k >= 2
+  stride   1, 2, ...           grid steps of an ODE step between the last noise and x_0; its order
+                               is 1 or 2
   eta      > 0                 how stochastic a kernel is; g its diffusion coefficient
   mu, std  like x; [B]         mean and standard deviation of a transition (mu^(k), c_k; never g)
   r, A     [P, N, G]           reward and advantage
@@ -389,15 +391,13 @@ def finished(
 
     The first spans what is left over. With v where it begins and D its length, a step of order 1 is
     Euler's x <- x - D v. One of order 2 is Adams' and Bashforth's, from the second step on: the
-    line through v and the velocity before it, at the middle of the step,
+    line through v and the velocity before it, a step of D_before ago, at the middle of the step,
         x <- x - D (v + D / (2 D_before) (v - v_before)).
     """
     grid = process.grid.tolist()
-    T = len(grid) - 1
-    second = T - (T - 1 - i) // stride * stride
+    points = [i, *reversed(range(len(grid) - 1, i, -stride))]  # counted from the end
     v_before: Tensor | None = None
     D_before = 0.0
-    points = [i, *range(second, T + 1, stride)]
     for here, there in pairwise(points):
         D = grid[here] - grid[there]
         v = velocity_at(velocity, process, x, here)
@@ -459,8 +459,8 @@ def rollout_shared_anchor(
 
     Each (prompt, step) is a group of its own, whose members get to their x_0 by the ODE steps of
     `finished`, with stride and order: the released training setting at 1 and 1. The anchor stops
-    after its last stochastic step. One velocity call per time of the anchor, and of each step's
-    members. Raises ValueError for steps, noise, stride or order that do not fit.
+    after its last stochastic step. One velocity call per time for the anchor, and one for each
+    step's members. Raises ValueError for steps, noise, stride or order that do not fit.
     """
     steps = process.stochastic_steps(sde_steps)
     check_noise(noise, steps, starts=(1,))

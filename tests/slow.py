@@ -142,7 +142,7 @@ def observations(rollout):
     for p, j, g in product(range(P), range(n), range(G)):
         i = rollout.sde_steps[j]
         x_t, x_s = rollout.x_t[p, j, g % starts][None], rollout.x_s[p, j, g][None]
-        prompt = torch.tensor([p])
+        prompt = torch.tensor([p], device=x_t.device)
         seen.append(Observed((p, j, g), grid[i], grid[i + 1], prompt, x_t, x_s))
     return seen
 
@@ -151,7 +151,7 @@ def slow_transition(velocity, process, k, step):
     """(mu^(k), c_k) of one observed step: k - 1 Euler sub-steps, then the SDE step to s."""
 
     def at(x, t):
-        return velocity(x, torch.tensor([t], dtype=x.dtype), step.prompt)
+        return velocity(x, torch.tensor([t], dtype=x.dtype, device=x.device), step.prompt)
 
     record = theory.of(process.kernel, process.eta)
     return record.decomposed(at, step.x_t, step.t, step.s, k)
@@ -209,7 +209,7 @@ def slow_midpoint_loss(
         D_u = u[p, j, g % rollout.x_t.shape[2]].item() * (t - s)
 
         def at(field, x, t, prompt=step.prompt):
-            return field(x, torch.tensor([t], dtype=x.dtype), prompt)
+            return field(x, torch.tensor([t], dtype=x.dtype, device=x.device), prompt)
 
         v_old = at(old, x, t).detach()
         x_u = x - D_u * v_old
@@ -240,7 +240,7 @@ def slow_rollout(velocity, process, x_1, z, prompt):
     x, observed, record = x_1, {}, theory.of(process.kernel, process.eta)
     for i, (t, s) in enumerate(pairwise(process.grid.tolist())):
         with torch.no_grad():
-            v = velocity(x, torch.tensor([t], dtype=x.dtype), prompt)
+            v = velocity(x, torch.tensor([t], dtype=x.dtype, device=x.device), prompt)
         if i in z:
             mean, std = record.step(x, v, t, s)
             observed[i] = x, mean + std * z[i]
@@ -260,7 +260,7 @@ def slow_finish(velocity, process, x, i, stride, order, prompt):
     before = None
     for t, s in pairwise(points):
         with torch.no_grad():
-            v = velocity(x, torch.tensor([t], dtype=x.dtype), prompt)
+            v = velocity(x, torch.tensor([t], dtype=x.dtype, device=x.device), prompt)
         rise = 0.0 if before is None else (v - before[1]) / (t - before[0])
         x = x + (s - t) * (v + rise * ((t + s) / 2 - t))
         before = (t, v) if order == 2 else None

@@ -52,12 +52,30 @@ def test_an_attention_keeps_what_a_fused_one_does(family):
         held.append(x.shape)
         return x
 
-    with saved_tensors_hooks(keep, lambda x: x), footprint.fused_attention():
+    with saved_tensors_hooks(keep, lambda x: x), footprint.as_trained():
         footprint.call(network, (32, 32))
     heads, words, patches = 2, 512, 4
     sums = [shape for shape in held if shape == (1, heads, words + patches)]
     joint = 2  # blocks in either family: 2 of SD3, 1 + 1 of FLUX
     assert len(sums) == joint and network.config.num_attention_heads == heads
+
+
+def test_norms_are_kept_in_float32_and_products_in_bfloat16():
+    """As autocast has them: a norm and a product keep the sizes that are worked out here."""
+    x = torch.zeros(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.zeros(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    held = []
+
+    def keep(z):
+        held.append((z.dtype, tuple(z.shape)))
+        return z
+
+    with saved_tensors_hooks(keep, lambda z: z), footprint.as_trained():
+        normed = torch.nn.functional.layer_norm(x, (8,))
+        torch.nn.functional.linear(normed, w)
+    assert normed.dtype == torch.float32 and (torch.float32, (5, 8)) in held
+    assert (torch.bfloat16, (5, 8)) in held and (torch.bfloat16, (8, 3)) in held
+    assert torch.nn.functional.linear is footprint.PLAIN["linear"]
 
 
 def test_checkpointing_keeps_less():
@@ -72,24 +90,26 @@ def test_what_is_fixed_is_counted_by_hand():
     tuned = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     adapters = footprint.footprint("sd3", "lora", (32, 32), real=False)
-    assert adapters.fixed == 16 * tuned + 2 * frozen
+    assert adapters.fixed == 16 * tuned + 2 * frozen and adapters.copies == 2 * tuned
     alone, shared = (
         footprint.footprint("sd3", "full", (32, 32), ranks, real=False) for ranks in (1, 8)
     )
-    assert alone.fixed == 18 * frozen
-    assert shared.fixed == 2 * frozen + 4 * frozen / 2  # an eighth of 16; two of two blocks
+    assert alone.fixed == 16 * frozen and alone.copies == 2 * frozen and shared.copies == 0
+    blocks = footprint.network_of("sd3", "full", real=False).transformer_blocks
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    assert shared.fixed == 2 * frozen + 10 * largest  # an eighth of 16; 2 x 2, and 2 and 4
 
 
 def test_the_most_states_are_the_most():
     """1 + 1 + 2 evaluations of a state for S = {2, 3}; one more state would not fit."""
-    found = Footprint(fixed=10.0, plain=3.0, checkpointed=0.5, block=1.0)
-    assert found.update(2, (2, 3), False) == 10 + 2 * (4 * 3 + 1)
+    found = Footprint(fixed=10.0, copies=0.25, plain=3.0, checkpointed=0.5, block=1.0)
+    assert found.update(2, (2, 3), False) == 10 + 4 * 0.25 + 2 * (4 * 3 + 1)
     assert found.update(2, (), True) == 10 + 2 * 1.5
-    for room in (9, 12, 22.9, 23, 100):
+    for room in (9, 12, 23.9, 24, 100):
         most = found.most(room, (2, 3), False)
         assert most == 0 or found.update(most, (2, 3), False) <= room
         assert found.update(most + 1, (2, 3), False) > room
-    lines = footprint.table(Footprint(4 * GIB, 2 * GIB, GIB, 0.0), 10.0)
+    lines = footprint.table(Footprint(4 * GIB, 0.0, 2 * GIB, GIB, 0.0), 10.0)
     assert lines[4] == "  {}              no                     5      17      33"
     assert lines[7] == "  {2, 3}          yes                    2       8      16"
 
@@ -98,6 +118,7 @@ def test_the_most_states_are_the_most():
     "words, named",
     [
         ("sd3 --size 500 512", "--size 500 512: must be positive multiples of 16"),
+        ("sd3 --size 8192 512", "--size 8192 512: must be positive multiples of 16, 6144 at most"),
         ("sd3 --ranks 8", "--ranks 8: must be 1, or more with --tune full"),
         ("sd3 --reserve 24", "--reserve 24.0: must be at least 0 and below 24"),
         ("sdxl", "sdxl"),

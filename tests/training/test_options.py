@@ -54,6 +54,7 @@ BAD = {  # the command line, and what the one line must name
     "--finish-stride 0": "--finish-stride 0: must be 1 or more",
     "--finish-stride 7": "--finish-stride 7: must be 6 or less, as 6 grid steps follow stochastic",
     "--sde-steps --rollouts independent --finish-stride 2": "--finish-stride 2: must be 1 or less",
+    "--finish-stride 7 --window-every 5": "--finish-stride 7: must be 6 or less",
     "--finish-order 3": "--finish-order",
     "--finish-stride 6 --finish-order 2": "--finish-order 2: must be 1, as fewer than two ODE",
     "--window-every 40": "--window-every 40: must be below --iterations 40",
@@ -136,6 +137,15 @@ def test_a_picture_is_not_written_over(capsys):
         draw.main(["x", "--prompt", "a red circle"])
     assert "--out: must be given where samples.png exists" in capsys.readouterr().err
     assert Path("samples.png").read_text() == "mine"
+
+
+def test_a_window_may_make_the_way_long_enough():
+    """From step 6 of 8 one grid step is left; where the window moves to, there are more."""
+    command_line.parse(
+        ["--sde-steps", "6", "--window-every", "5", "--window-by", "-1", "--finish-stride", "2"]
+    )
+    with pytest.raises(SystemExit):
+        command_line.parse(["--sde-steps", "6", "--finish-stride", "2"])
 
 
 def test_prompts_must_divide_among_the_ranks(monkeypatch, capsys):

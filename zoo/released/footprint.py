@@ -4,20 +4,22 @@
     python -m zoo.released.footprint flux --tune full --ranks 8  every weight, sharded
 
 The network of the public configuration runs on torch's device "meta", whose tensors have shapes and
-no numbers, in bfloat16. Counted is what its graph keeps for the backward pass; an attention keeps
-what a fused kernel would: queries, keys, values, results, and a float32 number per query and head.
-The loss of S holds the graphs of 1 + sum (k - 1) evaluations of each state at once. Besides, a
-block is computed or recomputed at a time. Left out: text encoders, which are gone by then, the VAE,
-reward models, and what a CUDA context and fragments take, for which --reserve keeps some room.
+no numbers. Counted is what its graph keeps for the backward pass, under autocast to bfloat16 as in
+training: norms in float32, products of bfloat16 copies. An attention keeps what a fused kernel
+would: queries, keys, values, results, and a float32 number per query and head. The loss of S holds
+the graphs of 1 + sum (k - 1) evaluations of each state at once. Besides, a block is computed or
+recomputed at a time. Left out: text encoders, which are gone by then, the VAE, reward models, and
+what a CUDA context and fragments take, for which --reserve keeps some room.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -55,18 +57,45 @@ class Attention(torch.autograd.Function):
 def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """In the place of torch's: no mask, no dropout, as these networks call it."""
     assert options.get("attn_mask") is None and not options.get("dropout_p"), options
-    return Attention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+    inputs = [part.to(torch.bfloat16) for part in (query, key, value)]
+    return Attention.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product as autocast takes it: of bfloat16 copies, where these are other tensors."""
+    return PLAIN["linear"](x.to(torch.bfloat16), weight, bias)
+
+
+def layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A norm as autocast takes it: in float32."""
+    own = [None if w is None else w.float() for w in (weight, bias)]
+    return PLAIN["layer_norm"](x.float(), shape, *own, eps)
+
+
+AS_TRAINED: dict[str, Callable[..., Tensor]] = {
+    "scaled_dot_product_attention": attention,
+    "linear": linear,
+    "layer_norm": layer_norm,
+}
+PLAIN: dict[str, Callable[..., Tensor]] = {name: getattr(functional, name) for name in AS_TRAINED}
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Within, torch's attention is `attention`."""
-    plain = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+def as_trained() -> Iterator[None]:
+    """Within, torch's functions keep what they keep on a GPU under autocast."""
+    for name, function in AS_TRAINED.items():
+        setattr(functional, name, function)
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = plain
+        for name, function in PLAIN.items():
+            setattr(functional, name, function)
 
 
 def network_of(family: str, tune: str, real: bool = True) -> Any:
@@ -127,7 +156,7 @@ def kept(network: nn.Module, size: tuple[int, int], rows: int = 1) -> int:
     def back(x: Tensor) -> Tensor:
         return x
 
-    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, back):
+    with as_trained(), torch.autograd.graph.saved_tensors_hooks(keep, back):
         call(network, size, rows)
     return sum(x.untyped_storage().nbytes() for x in held.values())
 
@@ -136,42 +165,48 @@ class Footprint(NamedTuple):
     """Bytes on one rank."""
 
     fixed: float  # weights, masters, gradients and moments
+    copies: float  # of trained weights, that an evaluation keeps beside its graph
     plain: float  # the graph of one evaluation of one state
     checkpointed: float  # the same with checkpointing
-    block: float  # of it, what the largest share of a block would be: their mean
+    block: float  # the mean share of one block in `plain`
 
     def update(self, states: int, factors: Sequence[int], checkpointing: bool) -> float:
         """Held at the peak of a backward pass of so many states."""
         evaluations = 1 + sum(k - 1 for k in factors)
         graph = self.checkpointed if checkpointing else self.plain
-        return self.fixed + states * (evaluations * graph + self.block)
+        copies = 0.0 if checkpointing else evaluations * self.copies
+        return self.fixed + copies + states * (evaluations * graph + self.block)
 
     def most(self, room: float, factors: Sequence[int], checkpointing: bool) -> int:
         """The most states that a pass takes in so much memory; 0: none fits."""
-        one = self.update(1, factors, checkpointing) - self.fixed
-        return max(0, math.floor((room - self.fixed) / one))
+        none = self.update(0, factors, checkpointing)
+        one = self.update(1, factors, checkpointing) - none
+        return max(0, math.floor((room - none) / one))
 
 
 def footprint(
     family: str, tune: str, size: tuple[int, int], ranks: int = 1, real: bool = True
 ) -> Footprint:
-    """Of one rank among several, which share what is trained where all of it is."""
+    """Of one rank among several, which share what is trained where all of it is.
+
+    A trained weight has float32 numbers of itself, its gradient and two moments. Autocast copies
+    trained weights for every evaluation. Where these are sharded there is no such copy: a rank has
+    two blocks' weights gathered, and of one the gradient, as it was computed and as it is sent.
+    """
     network = network_of(family, tune, real)
     weights = sum(p.numel() for p in network.parameters())
     tuned = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    blocks = sum(len(child) for child in network.children() if isinstance(child, nn.ModuleList))
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    blocks = [sum(p.numel() for p in block.parameters()) for child in lists for block in child]
     plain = kept(network, size)
     network.enable_gradient_checkpointing()
     checkpointed = kept(network, size)
-    of_masters = 16 * tuned  # float32: weight, gradient, two moments of Adam
-    fixed: float = of_masters
-    if tune == "lora":
-        fixed += 2 * (weights - tuned)
-    elif ranks == 1:
-        fixed += 2 * weights  # autocast's copies
-    else:
-        fixed = of_masters / ranks + 2 * 2 * weights / blocks  # one block gathered, and the next
-    return Footprint(fixed, plain, checkpointed, plain / blocks)
+    fixed = 16 * tuned / ranks + 2 * (weights - tuned)
+    copies = 2 * tuned
+    if ranks > 1:
+        fixed += (2 * 2 + 2 + 4) * max(blocks)
+        copies = 0
+    return Footprint(fixed, copies, plain, checkpointed, plain / len(blocks))
 
 
 def table(found: Footprint, reserve: float) -> list[str]:
@@ -193,6 +228,12 @@ def table(found: Footprint, reserve: float) -> list[str]:
     return lines
 
 
+def refuse(message: str) -> NoReturn:
+    """End with one line, and status 2."""
+    sys.stderr.write(f"footprint: error: {message}\n")
+    sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of a family."""
     parser = argparse.ArgumentParser(
@@ -207,12 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--reserve", type=float, default=6.0, help="GiB kept free", metavar="GIB")
     o = parser.parse_args(argv)
     height, width = o.size
-    if min(height, width) < 16 or height % 16 or width % 16:
-        parser.error(f"--size {height} {width}: must be positive multiples of 16")
+    most = 16 * SD3["pos_embed_max_size"][1] if o.family == "sd3" else math.inf
+    if min(height, width) < 16 or height % 16 or width % 16 or max(height, width) > most:
+        up_to = f", {most} at most" if o.family == "sd3" else ""
+        refuse(f"--size {height} {width}: must be positive multiples of 16{up_to}")
     if o.ranks < 1 or (o.ranks > 1 and o.tune == "lora"):
-        parser.error(f"--ranks {o.ranks}: must be 1, or more with --tune full")
+        refuse(f"--ranks {o.ranks}: must be 1, or more with --tune full")
     if not 0 <= o.reserve < min(CARDS):
-        parser.error(f"--reserve {o.reserve}: must be at least 0 and below {min(CARDS)}")
+        refuse(f"--reserve {o.reserve}: must be at least 0 and below {min(CARDS)}")
     found = footprint(o.family, o.tune, (height, width), o.ranks)
     print(
         f"{o.family}, {o.tune}, {height} x {width}, bfloat16, on "

@@ -30,9 +30,9 @@ from zoo.training.options import (
     Options,
     finishing_steps,
     is_run,
+    places_of,
     policy_of,
     prompts_of,
-    stochastic_steps,
 )
 from zoo.training.prompts import Prompts
 from zoo.training.ranks import fail, place
@@ -235,9 +235,7 @@ def check_together(o: Options) -> None:
             "--gather-rollouts: must be left out on one rank, which has all weights; to go on with "
             "such a run there, --no-gather-rollouts"
         )
-    if o.tune != "full" and o.tune != ("lora" if o.model else "transformer"):
-        choice = "lora or full" if o.model else "transformer or full without --model"
-        raise refusal(o, "tune", choice)
+    check_tune(o)
     if o.step_weights in ("gamma", "level") and not WITH_PAPER_TERMS.holds(o):
         wanted = f"one or noise, being read only {WITH_PAPER_TERMS.words}"
         raise refusal(o, "step_weights", wanted)
@@ -252,6 +250,13 @@ def check_together(o: Options) -> None:
         raise refusal(o, "prompts", "given with --model")
     if bool(o.eval_prompts) != bool(o.prompts):
         raise refusal(o, "eval_prompts", "given with --prompts, and only with it")
+
+
+def check_tune(o: Options) -> None:
+    """What is trained is there."""
+    if o.tune != "full" and o.tune != ("lora" if o.model else "transformer"):
+        choice = "lora or full" if o.model else "transformer or full without --model"
+        raise refusal(o, "tune", choice)
 
 
 def check_writable(o: Options) -> None:
@@ -294,13 +299,14 @@ def check_contents(o: Options) -> Prompts:
             world.parse(prompt)
     if not o.model:
         shapes_model.tokenize(asked)
-    check_finish(o, stochastic_steps(o, policy_of(o)))
+    check_finish(o, places_of(o, policy_of(o)))
     return data
 
 
-def check_finish(o: Options, steps: Sequence[int]) -> None:
-    """The way from the stochastic steps to a picture is as long as its options need it."""
-    last = steps[0] if o.rollouts == "shared_anchor" else steps[-1]
+def check_finish(o: Options, places: Sequence[tuple[int, ...]]) -> None:
+    """The longest way from a stochastic step to a picture is as long as its options need it."""
+    end = 0 if o.rollouts == "shared_anchor" else -1
+    last = min(steps[end] for steps in places)
     left = o.steps - 1 - last
     if o.finish_stride > max(1, left):
         wanted = f"{max(1, left)} or less, as {left} grid steps follow stochastic step {last}"

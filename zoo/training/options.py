@@ -503,17 +503,27 @@ def process_of(o: Options, policy: policies.Policy) -> pave.Process:
 def stochastic_steps(o: Options, policy: policies.Policy, iteration: int = 1) -> tuple[int, ...]:
     """Those named, or all that have a density, moved to where --window-every has them by now.
 
+    Raises ValueError as `places_of`.
+    """
+    places = places_of(o, policy)
+    moves = (iteration - 1) // o.window_every if o.window_every else 0
+    return places[moves % len(places)]
+
+
+def places_of(o: Options, policy: policies.Policy) -> list[tuple[int, ...]]:
+    """The stochastic steps, and with --window-every all that they become.
+
     Raises ValueError for one that has no density, and for steps that cannot move.
     """
     process = process_of(o, policy)
     first = process.stochastic_steps(o.sde_steps or None)
     if not o.window_every:
-        return first
+        return [first]
     places = windows(first, process.stochastic_steps(), o.window_by)
     if len(places) == 1:
         said = f"--window-every {o.window_every}: must be 0, since --sde-steps"
         raise ValueError(f"{said} {' '.join(map(str, first))} cannot move by {o.window_by}")
-    return places[(iteration - 1) // o.window_every % len(places)]
+    return places
 
 
 def finishing_steps(o: Options, i: int) -> int:
