@@ -6,23 +6,25 @@
 
 One prompt in the authors' setting: T = 16, stochastic steps 0, 2, 4, 6, G = 12. Updates take one
 state a pass, whole iterations as many as train.py does: all four of the embedded model. Jobs that
-are compared take turns: every round runs each of them once, in an order that is another in each
-round. A ratio is the median of the rounds' own ratios, its range beside it. Gradients are compared
-before anything is timed. docs/COSTS.md shows figures, and what to make of them.
+are compared take turns: every round runs each of them once, in an order of its own. A ratio is the
+median of the rounds' own ratios, its range beside it. Gradients are compared before anything else,
+whatever sections are asked for. docs/COSTS.md shows figures, and what to make of them.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ import pave_grpo as pave  # noqa: E402
 import train  # noqa: E402
 from zoo.rewards import spec  # noqa: E402
 from zoo.training import costs, policies  # noqa: E402
-from zoo.training.command_line import Parser, check_alone, refusing, settle  # noqa: E402
+from zoo.training.command_line import Parser, check_alone, check_tune, refusing, settle  # noqa: E402
 from zoo.training.draw import chunked  # noqa: E402
 from zoo.training.options import Options, policy_of, process_of, stochastic_steps  # noqa: E402
 from zoo.training.prompts import Prompts  # noqa: E402
@@ -92,14 +94,14 @@ Job = Callable[[], object]
 def timed(
     jobs: dict[str, Job], rounds: int, device: torch.device, said: str
 ) -> dict[str, list[float]]:
-    """Seconds of each job in each round. All run once before; their order turns by one a round."""
+    """Seconds of each job in each round, whose order is drawn. All run once before."""
     names = list(jobs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in tqdm(names, f"{said}: once each", leave=False):
         jobs[name]()
     for turn in tqdm(range(rounds), said, leave=False):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        random.Random(turn).shuffle(names)
+        for name in names:
             wait(device)
             start = time.perf_counter()
             jobs[name]()
@@ -188,6 +190,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.device = self.ranks.device
         self.rewards, _ = spec.load_all([(WARMTH,), (WARMTH,)], self.device)
+        # One for all jobs: each would hold moments of its own. At this rate it moves nothing.
+        self.optimizer, _ = train.optimizer_of(self.o, self.policy.tuned)
 
     @property
     def network(self) -> nn.Module:
@@ -198,12 +202,10 @@ class Bench:
         """`timed`, on this device."""
         return timed(jobs, self.rounds, self.device, said)
 
-    def iteration(self, policy: Any = None, **options: Any) -> Job:
-        """train.py's own, of the policy or another."""
+    def iteration(self, **options: Any) -> Job:
+        """train.py's own."""
         o = replace(self.o, **options)
-        policy = policy or self.policy
-        optimizer, _ = train.optimizer_of(o, policy.tuned)
-        arguments = (policy, self.rewards, self.data, optimizer, None, self.ranks)
+        arguments = (self.policy, self.rewards, self.data, self.optimizer, None, self.ranks)
         return lambda: train.iterate(o, 1, *arguments)
 
     def rollout(self, **options: Any) -> tuple[Options, list[str], pave.Rollout]:
@@ -230,6 +232,17 @@ class Bench:
             for part in parts:
                 part.old = None
             train.fetch([train.score(o, self.policy, prompts, part) for part in parts])
+
+        return job
+
+    def rewarding(self) -> Job:
+        """Pictures of one rollout, and their rewards."""
+        _, prompts, rollout = self.rollout()
+        states = rollout.x_0.flatten(0, 2)
+        asked = prompts * len(states)
+
+        def job() -> None:
+            self.rewards(self.policy.decode(states), asked)
 
         return job
 
@@ -293,7 +306,7 @@ def gradients(bench: Bench) -> Iterator[Row]:
             fail(f"gradients differ by {apart:g} of their norm: must be at most {limit:g}")
 
 
-def matmuls(bench: Bench, n: int = 2048) -> Job:
+def matmuls(bench: Bench, n: int) -> Job:
     """A product of n x n matrices in the dtype of computation."""
     dtype = getattr(torch, bench.o.dtype)
     a = torch.randn(n, n, device=bench.device, dtype=dtype)
@@ -302,7 +315,7 @@ def matmuls(bench: Bench, n: int = 2048) -> Job:
 
 def network(bench: Bench) -> Iterator[Row]:
     """A row of the network, alone and among 16, its training evaluation, and the rate of both."""
-    n = 2048
+    n = 8192 if bench.device.type == "cuda" else 2048  # long enough for the clock
     jobs: dict[str, Job] = {"matmul": matmuls(bench, n)}
     for rows in (1, 16):
         jobs[f"forward {rows}"] = bench.forward(rows)
@@ -315,18 +328,28 @@ def network(bench: Bench) -> Iterator[Row]:
         forward, trained = f"forward {rows}", f"trained {rows}"
         per_row = [1e3 * z / rows for z in seconds[forward]]
         yield row_of(f"a row of the network, {rows} a call", per_row, "ms")
-        yield share_of_rate(jobs[forward], seconds[forward], rate)
+        flops = flops_of(jobs[forward])
+        yield share_of_rate(flops, seconds[forward], rate)
         in_forwards = ratios(seconds[trained], seconds[forward])
         name = f"a training evaluation in forwards, {rows} a call"
         yield row_of(name, in_forwards, beside=f"counted as {counted_as}")
-        yield share_of_rate(jobs[trained], seconds[trained], rate)
+        yield share_of_rate(counted_as * flops, seconds[trained], rate)
 
 
-def share_of_rate(job: Job, seconds: Sequence[float], rate: Sequence[float]) -> Row:
-    """What a job multiplies and adds in a second, over what products do."""
+def flops_of(job: Job) -> int:
+    """What a forward multiplies and adds, by torch's formulas.
+
+    That of a grouped convolution's gradient gives many times what it takes: backwards are counted
+    in forwards.
+    """
     with FlopCounterMode(display=False) as counted:
         job()
-    own = [counted.get_total_flops() / z for z in seconds]
+    return counted.get_total_flops()
+
+
+def share_of_rate(flops: int, seconds: Sequence[float], rate: Sequence[float]) -> Row:
+    """What is multiplied and added in a second, over what products do."""
+    own = [flops / z for z in seconds]
     return row_of("    its share of the rate of products", ratios(own, rate))
 
 
@@ -343,7 +366,7 @@ def update(bench: Bench) -> Iterator[Row]:
         found = ratios(seconds[name_of(S)], plain)
         yield row_of(f"update, S = {name_of(S)}", found, beside=f"evaluations: {1 + added}")
         marginal = [(z - 1) / added for z in found]
-        yield row_of("    an added evaluation, in training evaluations", marginal)
+        yield row_of("    an added evaluation, in updates of S = {}", marginal)
     yield row_of("update, midpoint", ratios(seconds["midpoint"], plain), beside="evaluations: 1")
     once = ratios(seconds["at once"], seconds[name_of((2, 3))])
     yield row_of("update, S = {2, 3}, all at once, over one state a pass", once)
@@ -355,11 +378,16 @@ def name_of(S: Sequence[int]) -> str:
 
 
 def iteration(bench: Bench) -> Iterator[Row]:
-    """A whole iteration over that of S = {}, beside the count and the paper; the share outside."""
-    null = Null(bench.policy, bench.device)
+    """A whole iteration over that of S = {}, beside the count and the paper; shares of one.
+
+    The method's own arithmetic is an iteration with a network that costs nothing.
+    """
+    free = replace(bench, policy=Null(bench.policy, bench.device))
     jobs = {name_of(S): bench.iteration(factors=S) for S in ((), *PAPER)}
     jobs["midpoint"] = bench.iteration(factors=(), form="midpoint")
-    jobs["outside"] = bench.iteration(null, factors=(2, 3))
+    jobs["free"] = free.iteration(factors=(2, 3))
+    jobs["decode and reward"] = bench.rewarding()
+    jobs["optimiser"] = bench.optimizer.step
     seconds = bench.timed(jobs, "iteration")
     plain = seconds[name_of(())]
     steps = bench.o.sde_steps
@@ -373,8 +401,10 @@ def iteration(bench: Bench) -> Iterator[Row]:
         yield row_of(f"iteration, S = {name_of(S)}", found, beside=beside)
     midpoint = ratios(seconds["midpoint"], plain)
     yield row_of("iteration, midpoint", midpoint, beside="counted 1.000")
-    outside = ratios(seconds["outside"], seconds[name_of((2, 3))])
-    yield row_of("share of an iteration outside the network, S = {2, 3}", outside)
+    whole = seconds[name_of((2, 3))]
+    yield row_of("share of S = {2, 3}: the method's own arithmetic", ratios(seconds["free"], whole))
+    for name in ("decode and reward", "optimiser"):
+        yield row_of(f"share of S = {{2, 3}}: {name}", ratios(seconds[name], whole))
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -417,8 +447,8 @@ def waits(bench: Bench) -> Iterator[Row]:
 
 
 def growth(bench: Bench) -> Iterator[Row]:
-    """Slopes of log seconds on log size: 1 is linear."""
-    small = dict(prompts_per_iteration=1, group_size=4, steps=8, sde_steps=(1,), finish_stride=1)
+    """Slopes of log seconds on log size: rows of a rollout, states, evaluations, tokens."""
+    small = dict(prompts_per_iteration=1, group_size=4, steps=8, sde_steps=(1,))
     axes: dict[str, tuple[str, list[Any]]] = {
         "P, prompts": ("prompts_per_iteration", [2, 4, 8]),
         "G, members": ("group_size", [4, 8, 16]),
@@ -441,18 +471,21 @@ def growth(bench: Bench) -> Iterator[Row]:
         jobs[str(evaluations)] = bench.update(**small, factors=S)
     yield grown(bench, "update, with 1 + sum (k - 1), evaluations", jobs)
     if bench.o.model:  # the embedded model has one size
-        jobs = {}
-        for times in (1, 2, 4):
-            jobs[str(times)] = larger(bench, times).forward(1)
-        yield grown(bench, "a row of the network, with tokens", jobs)
+        yield tokens(bench)
 
 
-def larger(bench: Bench, times: int) -> Bench:
-    """The same with pictures of so many times the width."""
-    policy = copy.copy(bench.policy)
-    policy.width = times * policy.width
-    policy.shape = policy.flow.shape(policy.height, policy.width)
-    return replace(bench, policy=policy)
+def tokens(bench: Bench) -> Row:
+    """The slope over the tokens of a released model's row: its words and wider pictures."""
+    words = bench.policy.texts.tokens.shape[1]
+    jobs = {}
+    for times in (1, 2, 4):
+        policy = copy.copy(bench.policy)
+        policy.width = times * policy.width
+        policy.shape = policy.flow.shape(policy.height, policy.width)
+        h, w = policy.flow.sides(policy.height, policy.width)
+        patches = h * w // policy.flow.patch**2
+        jobs[str(words + patches)] = replace(bench, policy=policy).forward(1)
+    return grown(bench, "a row of the network, with tokens", jobs)
 
 
 def grown(bench: Bench, name: str, jobs: dict[str, Job]) -> Row:
@@ -468,10 +501,10 @@ WAYS = ((1, 2), (2, 1), (2, 2), (3, 1), (3, 2))
 
 
 def finishing(bench: Bench) -> Iterator[Row]:
-    """Rollouts of train.py's default setting that take fewer steps to the picture.
+    """Rollouts that take fewer steps to the picture.
 
-    Beside the time, of the embedded model: the mean reward, its difference from the whole grid's,
-    and the cosine of all advantages with the whole grid's.
+    The embedded model's are of train.py's default setting; beside their time are the mean reward by
+    the rule, its difference from the whole grid's, and the cosine of advantages with the grid's.
     """
     plain = Options()
     setting = {name: getattr(plain, name) for name in ("steps", "sde_steps", "shift", "eta")}
@@ -541,11 +574,11 @@ def environment(bench: Bench) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+        "cuda": torch.version.cuda if cuda else None,
         "network": bench.policy.name,
         "parameters": bench.policy.sizes.weights,
         "trained": bench.policy.sizes.tuned,
-        "dtype": bench.o.dtype,
         "rounds": bench.rounds,
     }
 
@@ -594,22 +627,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--rounds {own['rounds']}: must be 1 or more")
         o = settle({**given, **AUTHORS, "reward": (WARMTH,)})
         check_alone(o, given)
+        check_tune(o)
         if (attention or compiled) and not o.model:
             raise ValueError("--attention, --compile: must be left out without --model")
-    bench = bench_of(o, own["rounds"])
+        if own["json"] and not own["json"].absolute().parent.is_dir():
+            raise ValueError(f"--json {own['json']}: must be a file in a folder that exists")
+        bench = bench_of(o, own["rounds"])
+        if attention:
+            bench.network.set_attention_backend(attention)
+        if compiled:
+            bench.network.compile_repeated_blocks()
     about = environment(bench)
-    print(", ".join(f"{name} {value}" for name, value in about.items() if value), flush=True)
-    if attention:
-        bench.network.set_attention_backend(attention)
-    if compiled:
-        bench.network.compile_repeated_blocks()
+    said = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
+    print(f"{said}, {bench.o.dtype}", flush=True)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in own["sections"]:
+    for name in dict.fromkeys(["gradients", *own["sections"]]):
         print(f"\n{name}: {(SECTIONS[name].__doc__ or '').splitlines()[0]}", flush=True)
         rows[name] = []
         for row in SECTIONS[name](bench):
             print(shown(row), flush=True)
             rows[name].append(row._asdict())
+    about["options"] = {**asdict(o), "attention": attention, "compile": compiled}
     about["load at the end"] = round(os.getloadavg()[0], 2)
     if own["json"]:
         own["json"].write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

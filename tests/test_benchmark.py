@@ -7,6 +7,7 @@ import benchmark
 import pytest
 import torch
 from benchmark import Bench, Null, Row
+from slow import observations, slow_transition
 
 import pave_grpo as pave
 from zoo.training.options import Options, policy_of
@@ -35,7 +36,7 @@ def bench():
 
 
 def test_jobs_take_turns(monkeypatch):
-    """Once each before the clock, then in an order that turns; a job's seconds are its own."""
+    """Once each before the clock, then in an order of each round; a job's seconds are its own."""
     clock, said = [0.0], []
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
 
@@ -48,7 +49,9 @@ def test_jobs_take_turns(monkeypatch):
 
     jobs = {"a": job("a", 1.0), "b": job("b", 2.0), "c": job("c", 4.0)}
     found = benchmark.timed(jobs, 4, CPU, "")
-    assert "".join(said) == "abc" + "abc" + "bca" + "cab" + "abc"
+    rounds = ["".join(said[i : i + 3]) for i in range(0, len(said), 3)]
+    assert len(rounds) == 5 and rounds[0] == "abc"
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds[1:])) > 1
     assert found == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [4.0] * 4}
 
 
@@ -87,6 +90,18 @@ def test_every_section_measures(bench):
     assert all(row.value < 1e-3 for row in rows["gradients"])
 
 
+def test_what_is_made_of_known_seconds(bench, monkeypatch):
+    """An update of S = {} in 2 s, 1.5 s an added evaluation; shares of an iteration of 8 s."""
+    seconds = {"{}": 2.0, "{2}": 3.5, "{2, 3}": 6.5, "{2, 3, 4}": 11.0, "{2, 3, 4, 5}": 17.0}
+    seconds |= {"midpoint": 1.0, "at once": 3.25}
+    monkeypatch.setattr(bench, "timed", lambda jobs, said: {name: [seconds[name]] for name in jobs})
+    values = [row.value for row in benchmark.update(bench)]
+    assert values == [1.75, 0.75, 3.25, 0.75, 5.5, 0.75, 8.5, 0.75, 0.5, 0.5]
+    seconds |= {"{2, 3}": 8.0, "free": 1.0, "decode and reward": 2.0, "optimiser": 0.5}
+    values = [row.value for row in benchmark.iteration(bench)]
+    assert values == [2.0, 1.75, 4.0, 5.5, 8.5, 0.5, 0.125, 0.25, 0.0625]
+
+
 @pytest.mark.parametrize("factor", [1.01, -1.0])
 def test_nothing_is_timed_on_a_wrong_gradient(factor, bench, monkeypatch, capsys):
     """A loss that is off by a hundredth, or climbs down, ends the benchmark."""
@@ -100,6 +115,22 @@ def test_nothing_is_timed_on_a_wrong_gradient(factor, bench, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         list(benchmark.gradients(bench))
     assert stop.value.code == 2 and "gradients differ by" in capsys.readouterr().err
+
+
+def test_the_slow_loop_asks_on_the_device_of_its_states():
+    """Times and prompts lie beside x: what a released network is told is not moved."""
+    devices = set()
+
+    def velocity(x, t, prompt):
+        devices.update((x.device.type, t.device.type, prompt.device.type))
+        return x
+
+    far = torch.zeros(1, 1, 2, 3, device="meta")
+    process = pave.Process([0.8, 0.4])
+    rollout = pave.Rollout(process, (0,), far[:, :, :1], far, far[..., 0], far)
+    for step in observations(rollout):
+        slow_transition(velocity, process, 3, step)
+    assert devices == {"meta"}
 
 
 def test_the_reward_of_a_shorter_way():
@@ -118,13 +149,16 @@ def test_text_and_json_say_the_same(tmp_path, capsys):
     words = f"--sections waits network --rounds 1 --threads 1 --device cpu --json {file}"
     benchmark.main(words.split())
     printed, written = capsys.readouterr().out, json.loads(file.read_text())
-    assert list(written["rows"]) == ["waits", "network"]
+    assert list(written["rows"]) == ["gradients", "waits", "network"]
     for own in written["rows"].values():
         for row in own:
             assert benchmark.shown(Row(**row)) in printed
     about = written["about"]
     assert about["torch"] == torch.__version__ and about["threads"] == 1
     assert about["parameters"] > about["trained"] > 0 and "load at the end" in about
+    assert about["options"]["steps"] == 16 and about["options"]["compile"] is False
+    shares = [row["value"] for row in written["rows"]["network"] if "share" in row["name"]]
+    assert len(shares) == 4 and all(0 < share < 1 for share in shares)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +168,8 @@ def test_text_and_json_say_the_same(tmp_path, capsys):
         ("--sections speed", "speed"),
         ("--compile", "must be left out without --model"),
         ("--size 32 32", "--size"),
+        ("--tune lora", "--tune lora: must be transformer or full without --model"),
+        ("--json no/such/folder.json", "--json no/such/folder.json: must be a file in a folder"),
         ("--iterations 3", "--iterations"),
     ],
 )
