@@ -129,6 +129,7 @@ def training(words: list[str], is_marked: bool) -> list[str]:
     words = words[words.index("train.py") :]
     if is_marked and "--model" in words:
         launcher, words = [], without_hub(words)
+        words = [word for word in words if word != "--gather-rollouts"]  # one rank refuses it
         costs_only = True
     if is_marked and "--device" in words and not torch.cuda.is_available():
         words = replace_flag(words, "--device", ["cpu"])
