@@ -43,6 +43,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of q, k, v [B, heads, tokens, d]: a tensor like q."""
         result = torch.empty_like(q)
         log_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, result, log_sums)
@@ -50,6 +51,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Tensors like q, k and v."""
         q, k, v, _, _ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -148,12 +150,14 @@ def kept(network: nn.Module, size: tuple[int, int], rows: int = 1) -> int:
     held: dict[int, Tensor] = {}  # the tensors too: a storage that is freed may return
 
     def keep(x: Tensor) -> Tensor:
+        """Note a tensor that is kept, by its memory: several may share it."""
         storage = x.untyped_storage()._cdata
         if storage not in weights:
             held[storage] = x
         return x
 
     def back(x: Tensor) -> Tensor:
+        """What was kept, for the backward pass."""
         return x
 
     with as_trained(), torch.autograd.graph.saved_tensors_hooks(keep, back):
