@@ -27,6 +27,12 @@ def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, help="run tests in an order drawn from this seed")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """The whole suite is run by a process a core, up to four; a part of it by this one."""
+    is_part = config.args_source is config.ArgsSource.ARGS
+    return 0 if is_part else min(4, os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(config, items):
     """Whole files change places, so that what a file's tests share is made once."""
     seed = config.getoption("--shuffle")
