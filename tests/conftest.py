@@ -85,3 +85,17 @@ def no_pictures(monkeypatch):
 
     monkeypatch.setattr("zoo.training.pictures.draw_grid", draw_nothing)
     monkeypatch.setattr("zoo.training.pictures.draw_curve", draw_nothing)
+
+
+@pytest.fixture
+def short_texts(monkeypatch):
+    """T5 reads 32 tokens of a prompt, not 256 or 512, where a test is about the transformer."""
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline  # seconds, for few tests
+
+    for pipeline in (StableDiffusion3Pipeline, FluxPipeline):
+        plain = pipeline.encode_prompt
+
+        def encode_prompt(self, *given, plain=plain, **how):
+            return plain(self, *given, **{**how, "max_sequence_length": 32})
+
+        monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)

@@ -325,12 +325,13 @@ ELSEWHERE = (
 )
 
 
-@pytest.mark.usefixtures("small_network", "no_pictures")
+@pytest.mark.usefixtures("small_network", "no_pictures", "short_texts")
 @pytest.mark.parametrize("command", ON_PYTHON, ids=lambda command: command.text)
 def test_commands_run(command, desk):
     """Every command of the documents exits with status 0, in a short form.
 
-    Of the embedded model that is another network, and runs draw nothing: `prepared` has both.
+    Of the embedded model that is another network, and runs draw nothing: `prepared` has both. Of
+    pipelines texts are short.
     """
     if command.text in ELSEWHERE:
         return

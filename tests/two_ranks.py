@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pave_grpo as pave
 import train
-from zoo.training import command_line, policies, prompts
+from zoo.training import command_line, pictures, policies, prompts
 from zoo.training.options import policy_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -66,6 +66,10 @@ def show_one(self, shape, kind):
     return plain_shown(self, shape, kind, 1)
 
 
+def draw_nothing(content, about, path, *given, **how):
+    path.touch()
+
+
 def stay_open():
     """One process group serves all command lines."""
 
@@ -73,6 +77,7 @@ def stay_open():
 def main(jobs: str, name: str) -> None:
     pave.draw_noise = draw_and_keep
     prompts.Prompts.shown = show_one
+    pictures.draw_grid = pictures.draw_curve = draw_nothing
     torch.distributed.destroy_process_group = stay_open
     pave.ode_sample = counting("drawn", pave.ode_sample)
     for rollouts, sampler in train.ROLLOUTS.items():

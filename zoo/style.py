@@ -87,9 +87,17 @@ class Label(NamedTuple):
     colour: str
 
 
-def label_right(figure: Figure, ax: Axes, labels: Sequence[Label]) -> None:
+def label_right(figure: Figure, labels_of: dict[Axes, list[Label]]) -> None:
     """Write labels to the right of finished axes, each at its height or as near as can be read."""
-    figure.draw_without_rendering()  # settles where the axes are
+    layout = figure.get_layout_engine()
+    if layout:
+        layout.execute(figure)  # settles where the axes are
+    for ax, labels in labels_of.items():
+        label_axes_right(figure, ax, labels)
+
+
+def label_axes_right(figure: Figure, ax: Axes, labels: Sequence[Label]) -> None:
+    """The labels of one of them."""
     line = 0.17 / (ax.get_position().height * figure.get_figheight())
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [to_axes.transform((ax.get_xlim()[1], label.y))[1] for label in labels]

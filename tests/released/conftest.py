@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 import train
@@ -29,18 +28,6 @@ def folders(tmp_path_factory):
         "flux": random_pipelines.flux(root / "dev"),
         "schnell": random_pipelines.flux(root / "schnell", guidance_embeds=False),
     }
-
-
-@pytest.fixture
-def short_texts(monkeypatch):
-    """T5 reads 32 tokens of a prompt, not 256 or 512, where a test is about the transformer."""
-    for pipeline in (StableDiffusion3Pipeline, FluxPipeline):
-        plain = pipeline.encode_prompt
-
-        def encode_prompt(self, *given, plain=plain, **how):
-            return plain(self, *given, **{**how, "max_sequence_length": 32})
-
-        monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def weight(bench: Bench) -> Figure:
     first.yaxis.set_minor_formatter(NullFormatter())
     rest.set_xlabel("start t of the step")
     rest.invert_xaxis()
-    style.label_right(figure, rest, labels)
+    style.label_right(figure, {rest: labels})
     return figure
 
 
@@ -88,7 +88,7 @@ def cosine(bench: Bench, rows: list[dict], note: str) -> Figure:
         labels.append(style.Label(cosines[-1], f"gradient, {kernel}", colour_of(kernel)))
     ax.set(xlabel="start t of the step", ylabel="cosine with the original")
     ax.invert_xaxis()
-    style.label_right(figure, ax, labels)
+    style.label_right(figure, {ax: labels})
     return figure
 
 
@@ -113,7 +113,7 @@ def gap(bench: Bench, k: int) -> Figure:
     ax.set(xscale="log", yscale="log", xlabel="step size D = t − s, from t = 0.7")
     ax.set_ylabel(rf"$|\mu^{{({k})}} - \mu^{{(1)}}| \,/\, c_1$")
     ax.invert_xaxis()
-    style.label_right(figure, ax, labels)
+    style.label_right(figure, {ax: labels})
     return figure
 
 

@@ -153,8 +153,7 @@ def draw_curve(
         ends[train] += [style.Label(r, f"{r:.3f}  {curve.name}", colour) for r in smooth[-1:]]
     train.set_xlabel("iteration")
     train.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax, labels in ends.items():
-        style.label_right(figure, ax, labels)
+    style.label_right(figure, ends)
     figure.savefig(path, dpi=style.DPI)
 
 

@@ -120,7 +120,9 @@ def restore(state: dict[str, Any]) -> None:
         torch.set_default_device(None)
     torch.set_grad_enabled(state["the gradient mode"])
     torch.set_num_threads(state["the number of threads"])
-    torch.use_deterministic_algorithms(state["deterministic algorithms"])
+    deterministic = state["deterministic algorithms"]
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports much
+        torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(state["the matmul precision"])
     os.chdir(state["the working directory"])
 

@@ -17,7 +17,7 @@ import pave_grpo as pave
 from zoo.oracle.judging.advantages import Advantages
 from zoo.oracle.judging.asked import Field
 from zoo.oracle.judging.conditions import Setting
-from zoo.oracle.judging.groups import Group, clip_of, group_of, rollout_of
+from zoo.oracle.judging.groups import Group, clip_of, group_of, rollout_of, terms_before
 from zoo.oracle.judging.levels import (
     DROPPED,
     STATE_ROUNDINGS,
@@ -140,8 +140,7 @@ def terms_of(
     """Of every k."""
     rollout = rollout_of(setting, group)
     p_new = pave.rescore(new, rollout, setting.factors)
-    with torch.no_grad():
-        p_old = pave.rescore(group.old, rollout, setting.factors)
+    p_old = terms_before(setting)
     terms = {}
     for k, p in p_new.items():
         scored, old = p, p_old[k]

@@ -110,6 +110,14 @@ def log_ratios_between(setting: Setting, group: Group, new: Field) -> dict[int, 
     return log_ratios
 
 
+@functools.cache
+@torch.no_grad()
+def terms_before(setting: Setting) -> dict[int, pave.Transition]:
+    """p^(k) of velocity_old, of every k."""
+    group = group_of(setting)
+    return pave.rescore(group.old, rollout_of(setting, group), setting.factors)
+
+
 def divergences(setting: Setting, group: Group) -> Tensor:
     """|mu - mu_old|^2 / (2 c_1^2) of the sampled step, averaged over dimensions, of each member."""
     rollout = rollout_of(setting, group)

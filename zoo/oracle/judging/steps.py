@@ -91,9 +91,13 @@ def log_prob_due(
 # ---- Conventions, kernel by kernel ---------------------------------------------------------------
 
 
-def best(options: Sequence[Any], agreements: Callable[[Any], int]) -> Any:
-    """The first option with the most agreements."""
-    counts = [agreements(option) for option in options]
+def best(options: Sequence[Any], agreements: Callable[[Any], int], possible: int) -> Any:
+    """The first option with the most agreements; there are `possible` at most."""
+    counts: list[int] = []
+    for option in options:
+        counts.append(agreements(option))
+        if counts[-1] == possible:
+            break
     return options[counts.index(max(counts))]
 
 
@@ -195,16 +199,17 @@ class TransitionLevel(Level):
         """Which kernels call g their std."""
         convention = {}
         for kernel in choices(cases):
-            convention[kernel] = best(CALLED, functools.partial(self.agreements, cases, kernel))
+            own = [case for case in cases if case.values and case.setting.kernel == kernel]
+            agreements = functools.partial(self.agreements, own, kernel)
+            convention[kernel] = best(CALLED, agreements, len(own))
         told = {kernel: called for kernel, called in convention.items()}
         return Recognised(convention, {"g or std": together(told)})
 
     def agreements(self, cases: list[Case], kernel: str, called: str) -> int:
         """How many answers of a kernel agree if that is what it calls its std."""
-        own = [case for case in cases if case.values and case.setting.kernel == kernel]
-        due = [self.due(case.setting, {kernel: called}) for case in own]
+        due = [self.due(case.setting, {kernel: called}) for case in cases]
         return sum(
-            bool(precision_of(case.values or {}, d)) for case, d in zip(own, due, strict=True)
+            bool(precision_of(case.values or {}, d)) for case, d in zip(cases, due, strict=True)
         )
 
 
@@ -279,7 +284,9 @@ class LogProbLevel(Level):
 
     def recognise(self, cases: list[Case], ask: Ask) -> Recognised:
         """Reduction, constants, and whether 1/(2 std^2) is there."""
-        convention = best(LOG_PROB_CONVENTIONS, functools.partial(self.agreements, cases))
+        answered = [case for case in cases if case.values is not None]
+        agreements = functools.partial(self.agreements, answered)
+        convention = best(LOG_PROB_CONVENTIONS, agreements, len(answered))
         told = {
             "mean or sum": convention.reduction,
             "constants": convention.constants,
@@ -289,10 +296,9 @@ class LogProbLevel(Level):
 
     def agreements(self, cases: list[Case], convention: LogProbConvention) -> int:
         """How many answers agree with it."""
-        answered = [case for case in cases if case.values is not None]
-        due = [self.due(case.setting, convention) for case in answered]
+        due = [self.due(case.setting, convention) for case in cases]
         return sum(
-            bool(precision_of(case.values or {}, d)) for case, d in zip(answered, due, strict=True)
+            bool(precision_of(case.values or {}, d)) for case, d in zip(cases, due, strict=True)
         )
 
     def bug_conventions(self, found: Recognised) -> list[Any]:
@@ -449,7 +455,9 @@ class StepLevel(Level):
         convention = {}
         for kernel in choices(everything) if self.is_named else [self.only]:
             own = [case for case in everything if self.kernel_of(case.setting) == kernel]
-            convention[kernel] = best(CHOICES, functools.partial(self.agreements, own, kernel))
+            quantities = sum(len(case.values or ()) for case in own)
+            agreements = functools.partial(self.agreements, own, kernel)
+            convention[kernel] = best(CHOICES, agreements, quantities)
         told = {}
         for name in ("reduction", "constants", "half_square"):
             words = {
