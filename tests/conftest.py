@@ -16,6 +16,7 @@ from zoo.shapes import model as shapes_model
 from zoo.training import prompts
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start, beside other tests
 settings.register_profile("dev", deadline=None, max_examples=30)
 settings.register_profile(
     "ci", deadline=None, max_examples=30, derandomize=True, report_multiple_bugs=False
@@ -89,13 +90,8 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def short_texts(monkeypatch):
-    """T5 reads 32 tokens of a prompt, not 256 or 512, where a test is about the transformer."""
-    from diffusers import FluxPipeline, StableDiffusion3Pipeline  # seconds, for few tests
+    """Pipelines read texts as in short_texts.py."""
+    import short_texts  # and with it diffusers: seconds, for few tests
 
-    for pipeline in (StableDiffusion3Pipeline, FluxPipeline):
-        plain = pipeline.encode_prompt
-
-        def encode_prompt(self, *given, plain=plain, **how):
-            return plain(self, *given, **{**how, "max_sequence_length": 32})
-
-        monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
+    for pipeline in short_texts.PIPELINES:
+        monkeypatch.setattr(pipeline, "encode_prompt", short_texts.shortened(pipeline))

@@ -1,5 +1,7 @@
 """Run train.py on several command lines, keeping every rollout's noise: `two_ranks.py JOBS NAME`.
 
+Texts are short, and nothing is drawn.
+
 JOBS is a JSON file {case: flags}; flags [..., "--resume", CASE] go on with the run of another case.
 Started alone, where --gather-rollouts is left out, or by torchrun. Leaves NAME-CASE/, the run
 folder; NAME-RANK-CASE.pt, the noise of each iteration; NAME-RANK-gathers.pt, what each sampling of
@@ -12,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from short_texts import PIPELINES, shortened
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pave_grpo as pave
@@ -78,6 +81,8 @@ def main(jobs: str, name: str) -> None:
     pave.draw_noise = draw_and_keep
     prompts.Prompts.shown = show_one
     pictures.draw_grid = pictures.draw_curve = draw_nothing
+    for pipeline in PIPELINES:
+        pipeline.encode_prompt = shortened(pipeline)
     torch.distributed.destroy_process_group = stay_open
     pave.ode_sample = counting("drawn", pave.ode_sample)
     for rollouts, sampler in train.ROLLOUTS.items():

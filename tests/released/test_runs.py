@@ -265,6 +265,7 @@ def test_a_gpu_takes_the_step_of_the_cpu(run, name, tune):
     assert summary["peak_memory_gib"] > 0 and "cpu" not in summary["device"]
 
 
+@pytest.mark.usefixtures("no_pictures", "short_texts")
 @pytest.mark.parametrize(("failing", "done"), [("warmth", 1), ("contrast", 2)])
 def test_a_reward_that_fails_ends_the_run_and_keeps_it(run, failing, done, monkeypatch, capsys):
     """A reward or a judge that is NaN: one line with the prompt, status 1; what is done is saved.
@@ -291,7 +292,7 @@ def test_a_reward_that_fails_ends_the_run_and_keeps_it(run, failing, done, monke
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == done + 1
 
 
-@pytest.mark.usefixtures("short_texts")
+@pytest.mark.usefixtures("no_pictures", "short_texts")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_adapters_are_compared_and_nothing_else_changes(name, run):
     """Each k-term beside the original, under gradient checkpointing too; bit for bit the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ def student_tail(t: float, df: int) -> float:
     return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
+@functools.cache
 def student_quantile(level: float, df: int) -> float:
     """The t with P(|T| > t) = level, by bisection; 0 < level < 1."""
     low, high = 0.0, 1.0
