@@ -6,6 +6,7 @@ python -m pytest --shuffle 1        files, and tests within each, in an order dr
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import small_network as small_network_file
@@ -15,8 +16,12 @@ from hypothesis import settings
 from zoo.shapes import model as shapes_model
 from zoo.training import prompts
 
+EVERY_CLAIM = ("test_claims.py", "test_report.py", "test_rows.py")
+
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start, beside other tests
+# Of processes started from here: one thread, unless more are asked for, and none that waits busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("dev", deadline=None, max_examples=30)
 settings.register_profile(
     "ci", deadline=None, max_examples=30, derandomize=True, report_multiple_bugs=False
@@ -32,6 +37,18 @@ def pytest_xdist_auto_num_workers(config):
     """The whole suite is run by a process a core, up to four; a part of it by this one."""
     is_part = config.args_source is config.ArgsSource.ARGS
     return 0 if is_part else min(4, os.cpu_count() or 1)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, and so do those of files that measure every claim."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "every claim" if Path(file).name in EVERY_CLAIM else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
