@@ -380,6 +380,18 @@ def test_what_else_a_function_does_is_found(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_what_takes_seconds_to_set_is_set_only_where_it_changed(monkeypatch):
+    """Setting deterministic algorithms imports torch's compiler."""
+    calls = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    state, name = asked.state_of_the_process(), "deterministic algorithms"
+    asked.restore(state)
+    assert calls == []
+    other = not state[name]
+    asked.restore(state | {name: other})
+    assert calls == [other]
+
+
 def printing_nothing(x_s, mean, std):
     print()
     return pg.Transition(mean, std).log_prob(x_s)
