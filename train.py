@@ -122,6 +122,7 @@ def iterate(
     Stopped where a reward fails, and NotFinite before the weights would move by such numbers.
     """
     process, steps = process_of(o, policy), stochastic_steps(o, policy, iteration)
+    optimizer.zero_grad()  # the last iteration's gradients take no memory while sampling
     prompts, generators = data.draw(o.seed, iteration, ranks.share(o.prompts_per_iteration))
 
     # 1. Sample G members per prompt; some of the T steps are stochastic, x_t -> x_s.

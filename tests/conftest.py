@@ -1,4 +1,4 @@
-"""One thread; Hypothesis without deadlines, the same examples under CI; a process of its own.
+"""One thread; Hypothesis without deadlines, the same examples under CI; a process a core.
 
 python -m pytest --shuffle 1        files, and tests within each, in an order drawn from a seed
 """
@@ -6,7 +6,6 @@ python -m pytest --shuffle 1        files, and tests within each, in an order dr
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import small_network as small_network_file
@@ -16,7 +15,7 @@ from hypothesis import settings
 from zoo.shapes import model as shapes_model
 from zoo.training import prompts
 
-EVERY_CLAIM = ("test_claims.py", "test_report.py", "test_rows.py")
+EVERY_CLAIM = ("oracle/test_claims.py", "oracle/test_report.py", "oracle/test_rows.py")
 
 torch.set_num_threads(1)
 # Of processes started from here: one thread, unless more are asked for, and none that waits busily.
@@ -40,14 +39,18 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run in one process, and so do those of files that measure every claim."""
+    """Of --dist loadfile: files that measure every claim are one; the order of --shuffle stays."""
+    if config.option.dist != "loadfile":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "every claim" if Path(file).name in EVERY_CLAIM else file
+            return "every claim" if file.endswith(EVERY_CLAIM) else file
 
+    if config.option.shuffle is not None:
+        config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 

@@ -73,6 +73,8 @@ def test_norms_are_kept_in_float32_and_products_in_bfloat16():
     with saved_tensors_hooks(keep, lambda z: z), footprint.as_trained():
         normed = torch.nn.functional.layer_norm(x, (8,))
         torch.nn.functional.linear(normed, w)
+        scaled = torch.nn.functional.rms_norm(x[:4], (8,))
+    assert scaled.dtype == torch.float32 and (torch.float32, (4, 8)) in held
     assert normed.dtype == torch.float32 and (torch.float32, (5, 8)) in held
     assert (torch.bfloat16, (5, 8)) in held and (torch.bfloat16, (8, 3)) in held
     assert torch.nn.functional.linear is footprint.PLAIN["linear"]

@@ -80,10 +80,19 @@ def layer_norm(
     return PLAIN["layer_norm"](x.float(), shape, *own, eps)
 
 
+def rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """The same of a norm without a mean."""
+    own = None if weight is None else weight.float()
+    return PLAIN["rms_norm"](x.float(), shape, own, eps)
+
+
 AS_TRAINED: dict[str, Callable[..., Tensor]] = {
     "scaled_dot_product_attention": attention,
     "linear": linear,
     "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
 }
 PLAIN: dict[str, Callable[..., Tensor]] = {name: getattr(functional, name) for name in AS_TRAINED}
 
@@ -178,14 +187,17 @@ class Footprint(NamedTuple):
         """Held at the peak of a backward pass of so many states."""
         evaluations = 1 + sum(k - 1 for k in factors)
         graph = self.checkpointed if checkpointing else self.plain
-        copies = 0.0 if checkpointing else evaluations * self.copies
-        return self.fixed + copies + states * (evaluations * graph + self.block)
+        held = self.fixed + states * evaluations * graph
+        if checkpointing:  # copies are gone before a block is computed again
+            return held + max(self.copies, states * self.block)
+        return held + evaluations * self.copies + states * self.block
 
     def most(self, room: float, factors: Sequence[int], checkpointing: bool) -> int:
         """The most states that a pass takes in so much memory; 0: none fits."""
-        none = self.update(0, factors, checkpointing)
-        one = self.update(1, factors, checkpointing) - none
-        return max(0, math.floor((room - none) / one))
+        states = 0
+        while self.update(states + 1, factors, checkpointing) <= room:
+            states += 1
+        return states
 
 
 def footprint(

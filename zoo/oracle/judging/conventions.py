@@ -134,10 +134,9 @@ class Terms(NamedTuple):
     std: float
 
 
-def terms_of(
-    setting: Setting, convention: LossConvention, new: Field, group: Group
-) -> dict[int, Terms]:
-    """Of every k."""
+def terms_of(setting: Setting, convention: LossConvention, new: Field) -> dict[int, Terms]:
+    """Of every k, at the group's states."""
+    group = group_of(setting)
     rollout = rollout_of(setting, group)
     p_new = pave.rescore(new, rollout, setting.factors)
     p_old = terms_before(setting)
@@ -210,7 +209,7 @@ def due_under(setting: Setting, convention: LossConvention) -> dict[str, Due]:
     A = convention.advantages.of(group.rewards)
     J = torch.zeros((), dtype=torch.float64)
     size = torch.zeros((), dtype=torch.float64)
-    terms = terms_of(setting, convention, new, group)
+    terms = terms_of(setting, convention, new)
     for term in terms.values():
         value = surrogate(term, A, convention.clip, clip_of(setting))
         J = J + term.weight * value.mean()
@@ -249,7 +248,7 @@ def log_ratio_gradients(setting: Setting, convention: LossConvention) -> Tensor:
     group = group_of(setting)
     new = Field(group.new.w1.detach(), group.new.w2.detach())
     rows = []
-    for term in terms_of(setting, convention, new, group).values():
+    for term in terms_of(setting, convention, new).values():
         for log_ratio in term.log_ratio.flatten():
             parts = torch.autograd.grad(log_ratio, [*new.parameters()], retain_graph=True)
             rows.append(torch.cat([part.flatten() for part in parts]))

@@ -303,7 +303,7 @@ class Recogniser:
             return None
         group = group_of(setting)
         A = free.advantages.of(group.rewards)
-        term = terms_of(setting, free, group.new, group)[1]
+        term = terms_of(setting, free, group.new)[1]
         ratio = term.log_ratio.detach().exp()
         weight = step_weight_of(free.step_weight, setting)
         expected = ratio * A * weight
