@@ -100,6 +100,26 @@ def test_only_what_is_tuned_moves():
         assert moved & pixel == moving and "blocks" in moved
 
 
+@pytest.mark.usefixtures("no_pictures", "small_network")
+def test_no_gradient_is_held_while_sampling(monkeypatch):
+    """The first iteration's are gone when the second samples: they are as large as the weights."""
+    plain, held, tuned = train.ROLLOUTS["shared_anchor"], [], []
+    optimizer_of = train.optimizer_of
+
+    def noted(o, parameters, *given):
+        tuned.extend(parameters)
+        return optimizer_of(o, parameters, *given)
+
+    def sampled(*args):
+        held.append(sum(p.grad is not None for p in tuned))
+        return plain(*args)
+
+    monkeypatch.setattr(train, "optimizer_of", noted)
+    monkeypatch.setitem(train.ROLLOUTS, "shared_anchor", sampled)
+    run("run", "--iterations 2")
+    assert tuned and held == [0, 0]
+
+
 def test_the_rate_warms_up_to_what_was_asked():
     """i / (warmup + 1) of it in iteration i, and exactly all of it afterwards."""
     o = command_line.parse(["--warmup", "15", "--lr", "2e-4"])
