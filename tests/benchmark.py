@@ -43,7 +43,13 @@ import pave_grpo as pave  # noqa: E402
 import train  # noqa: E402
 from zoo.rewards import spec  # noqa: E402
 from zoo.training import costs, policies  # noqa: E402
-from zoo.training.command_line import Parser, check_alone, check_tune, refusing, settle  # noqa: E402
+from zoo.training.command_line import (  # noqa: E402
+    Parser,
+    check_alone,
+    check_tune,
+    refusing,
+    settle,
+)
 from zoo.training.draw import chunked  # noqa: E402
 from zoo.training.options import Options, policy_of, process_of, stochastic_steps  # noqa: E402
 from zoo.training.prompts import Prompts  # noqa: E402
